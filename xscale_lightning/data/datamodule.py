@@ -1,0 +1,208 @@
+"""The data module every `data:` section of a configuration names: our batch, loaders and their checks.
+
+A batch is a dict: `image [B, C, H, W]` float32 in raw sensor units (normalisation happens once, inside the model),
+`gsd [B]` float32 in metres per pixel, and where there are labels `label [B]` int64 or `[B, K]` (multi-label).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.errors import UserError
+
+Split = Literal["train", "val", "test"]
+Batch = dict[str, Any]
+DEFAULT_BANDS = BandSelection()
+MAX_DEFAULT_WORKERS = 8
+
+
+def default_num_workers() -> int:
+    """Worker processes that leave one of this process's CPU cores to the training loop, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MAX_DEFAULT_WORKERS, cores - 1))
+
+
+def check_folder(argument: str, folder: str | os.PathLike[str], remedy: str) -> None:
+    """Refuse a folder that is missing or empty.
+
+    Raises:
+        UserError: naming the argument, the folder and the remedy.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{argument}: folder '{folder}' does not exist; {remedy}")
+    if not os.listdir(folder):
+        raise UserError(f"{argument}: folder '{folder}' is empty; {remedy}")
+
+
+class Collate:
+    """Turns samples into a batch: tensors stacked, numbers made tensors, strings kept as lists, `gsd [B]` added.
+
+    Only keys that every sample has are kept; values of other types (coordinate systems, slices) are dropped, because
+    they cannot go to a device.
+    """
+
+    def __init__(self, gsd: float | None = None) -> None:
+        """Remember the gsd (m/px) of samples that bring none."""
+        self.gsd = gsd
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate B samples with `image [C, H, W]` into one batch with `image [B, C, H, W]` float32.
+
+        Raises:
+            UserError: if the images differ in size, or neither sample nor data module knows the gsd.
+        """
+        shared = [key for key in samples[0] if all(key in sample for sample in samples)]
+        batch = {key: value for key in shared if (value := _gather(key, [s[key] for s in samples])) is not None}
+        if "image" in batch:
+            batch["image"] = batch["image"].float()
+        if "gsd" not in batch:
+            if self.gsd is None:
+                raise UserError("gsd: neither the files nor the sensor preset say it; set data.gsd (metres per pixel).")
+            batch["gsd"] = torch.full((len(samples),), self.gsd)
+        batch["gsd"] = batch["gsd"].float()
+        return batch
+
+
+def _gather(key: str, values: list[Any]) -> Tensor | list[str] | None:
+    """Stack, list or drop one key's values."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            shown = ", ".join(str(shape) for shape in sorted(shapes)[:3])
+            raise UserError(f"data: '{key}' comes in different shapes ({shown}); set data.image_size to make them one.")
+        return torch.stack(values)
+    if isinstance(first, str):
+        return [str(value) for value in values]
+    if isinstance(first, (bool, Number)) or getattr(first, "shape", None) == ():
+        return torch.as_tensor(values)
+    if hasattr(first, "__array__"):
+        return _gather(key, [torch.as_tensor(value) for value in values])
+    return None
+
+
+class XScaleDataModule(LightningDataModule):
+    """Base of all data modules: subclasses implement `build_dataset` and set what they know about it.
+
+    Attributes:
+        bands: record of the channels of `image`, in order.
+        name: short name, used in log names such as `knn/<name>/top1`.
+        image_size: (height, width) of the images in pixels.
+        num_classes: number of classes, or None without labels.
+        multilabel: whether `label` is `[B, K]` with one column per class.
+        gsd: metres per pixel of samples that do not bring their own, or None.
+    """
+
+    def __init__(
+        self, bands: BandSelection = DEFAULT_BANDS, batch_size: int = 64, num_workers: int | None = None
+    ) -> None:
+        """Check the arguments that all data modules share.
+
+        Args:
+            bands: which bands to use, and their statistics.
+            batch_size: samples per device and step.
+            num_workers: processes that read files; 0 reads in the training process, null chooses from the CPU count.
+
+        Raises:
+            UserError: if a number is out of range, or the band selection does not fit its sensor.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"data.batch_size: {batch_size} is not possible; give at least 1.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"data.num_workers: {num_workers} is not possible; give 0 or more, or null.")
+        self.bands = bands.resolve()
+        self.batch_size = batch_size
+        self.num_workers = default_num_workers() if num_workers is None else num_workers
+        self.name = type(self).__name__.lower()
+        self.image_size: tuple[int, int] = (0, 0)
+        self.num_classes: int | None = None
+        self.multilabel = False
+        self.gsd: float | None = self.bands.gsd
+        self._datasets: dict[str, Dataset[Any] | None] = {}
+
+    def build_dataset(self, split: Split) -> Dataset[Any] | None:
+        """Open one split; None if the data has no such split. Called once per split and process.
+
+        Samples are dicts with `image [C, H, W]` in raw units and `self.bands` order, and optionally `gsd`, `label`.
+        """
+        raise TypeError(f"{type(self).__name__} must implement build_dataset(split).")
+
+    def dataset(self, split: Split) -> Dataset[Any] | None:
+        """Return the split's dataset, opened on first use; None if the data has no such split."""
+        if split not in self._datasets:
+            self._datasets[split] = self.build_dataset(split)
+        return self._datasets[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits the stage needs, so that bad input is refused before training starts."""
+        splits: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in splits.get(stage, ()):
+            self.dataset(split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches of the training split; the last, incomplete batch is dropped if there is another.
+
+        Raises:
+            UserError: if there is no training split.
+        """
+        dataset = self._required("train")
+        return self._loader(dataset, shuffle=True, drop_last=_length(dataset) > self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of the validation split in order; an empty list if there is none."""
+        dataset = self.dataset("val")
+        return [] if dataset is None else self._loader(dataset)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split in order.
+
+        Raises:
+            UserError: if there is no test split.
+        """
+        return self._loader(self._required("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches to embed, in order: the test split, else the validation split, else the training split."""
+        for split in ("test", "val"):
+            dataset = self.dataset(split)
+            if dataset is not None:
+                return self._loader(dataset)
+        return self._loader(self._required("train"))
+
+    def probe_dataloader(self, split: Split) -> DataLoader[Any]:
+        """Every sample of a split once, in order, with labels and without augmentation.
+
+        Raises:
+            UserError: if there is no such split.
+        """
+        return self._loader(self._required(split))
+
+    def _required(self, split: Split) -> Dataset[Any]:
+        dataset = self.dataset(split)
+        if dataset is None:
+            raise UserError(f"data: {self.name} has no {split} split; choose another split or other data.")
+        return dataset
+
+    def _loader(self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            collate_fn=Collate(self.gsd),
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
