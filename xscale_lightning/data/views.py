@@ -1,0 +1,220 @@
+"""Random views of a whole batch, made on the batch's own device.
+
+Every sample gets its own crop, flip and rotation, yet nothing here loops over samples or asks the device for a value.
+Any number of bands; no operation mixes bands. Needs torch only.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xscale_lightning.errors import UserError
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass
+class Views:
+    """Random resized crop, flips, quarter turns, band-wise intensity and band dropout, in this order.
+
+    Random numbers come from the global generator of the images' device.
+
+    Raises:
+        UserError: on construction, naming the argument that is out of range.
+    """
+
+    size: int | None = None
+    """Output height and width in pixels; null keeps those of the input, which need not be square."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest crop, as a share of the image area. [1, 1] takes the whole image."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest distortion: aspect ratio of the crop over that of the output."""
+    flip: bool = True
+    """Mirror left-right and top-bottom, each with probability 1/2."""
+    rot90: bool = True
+    """Turn by 0, 90, 180 or 270 degrees (0 or 180 where height and width differ): a satellite has no up."""
+    intensity: float = 0.0
+    """Contrast and brightness per band: x (1 + a) + b on normalised values with a, b uniform in +- intensity."""
+    band_dropout: float = 0.0
+    """Probability with which a band is set to its mean (0); one band of every sample always stays."""
+    interpolation: Interpolation = "bilinear"
+    """Kernel of the resize; it widens where a crop is shrunk, so that nothing aliases."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        self.scale = (float(self.scale[0]), float(self.scale[1]))
+        self.ratio = (float(self.ratio[0]), float(self.ratio[1]))
+        if self.size is not None and self.size < 1:
+            raise UserError(f"views.size: {self.size} is not possible; give a number of pixels of at least 1, or null.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"views.scale: {list(self.scale)} is not possible; needs 0 < smallest <= largest <= 1.")
+        if not 0 < self.ratio[0] <= 1 <= self.ratio[1] < math.inf:
+            raise UserError(f"views.ratio: {list(self.ratio)} is not possible; needs 0 < smallest <= 1 <= largest.")
+        if not 0 <= self.intensity < 1:
+            raise UserError(f"views.intensity: {self.intensity} is not possible; needs 0 <= intensity < 1.")
+        if not 0 <= self.band_dropout < 1:
+            raise UserError(f"views.band_dropout: {self.band_dropout} is not possible; needs 0 <= band_dropout < 1.")
+        if self.interpolation not in _KERNELS:
+            raise UserError(f"views.interpolation: '{self.interpolation}' is unknown; choose from {list(_KERNELS)}.")
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the views of images of this height and width."""
+        return (height, width) if self.size is None else (self.size, self.size)
+
+    def __call__(self, images: Tensor, gsd: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one view per image and its gsd.
+
+        Args:
+            images: `[B, C, H, W]`, normalised (0 is the mean of a band).
+            gsd: `[B]`, metres per pixel.
+
+        Returns:
+            Views `[B, C, h, w]` of the same dtype, and their gsd `[B]`: multiplied by the mean linear zoom.
+        """
+        batch, _, height, width = images.shape
+        size = self.output_size(height, width)
+        if self.scale != (1.0, 1.0) or size != (height, width):  # else every crop is the image itself, bit for bit
+            boxes = random_boxes(batch, (height, width), size, self.scale, self.ratio, images.device)
+            images = crop_resize(images, boxes, size, self.interpolation)
+            gsd = gsd * zoom(boxes, size).to(gsd)
+        if self.flip or self.rot90:
+            images = turn(images, *self._random_turns(batch, size[0] == size[1], images.device))
+        if self.intensity > 0:
+            images = _change_intensity(images, self.intensity)
+        if self.band_dropout > 0:
+            images = _drop_bands(images, self.band_dropout)
+        return images, gsd
+
+    def _random_turns(self, batch: int, square: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        quarters = torch.zeros(batch, dtype=torch.long, device=device)
+        if self.rot90:
+            quarters = (
+                torch.randint(4, (batch,), device=device) if square else 2 * torch.randint(2, (batch,), device=device)
+            )
+        mirror = torch.rand(batch, 2, device=device) < (0.5 if self.flip else 0.0)
+        return quarters, mirror
+
+
+def random_boxes(
+    batch: int,
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw one crop per sample: area uniform in `scale`, distortion log-uniform in `ratio`, position uniform.
+
+    The distortions are limited to those whose box fits into the image. Only where none of them fits (a long image made
+    square, for example) the box is made smaller than the drawn area.
+
+    Returns:
+        `[B, 4]` float: top, left, height, width in input pixels, not rounded.
+    """
+    height, width = image_size
+    aspect = output_size[1] / output_size[0]
+    area, shape, top, left = torch.rand(4, batch, device=device).unbind()
+    area = (scale[0] + (scale[1] - scale[0]) * area) * (height * width)
+    # A distortion r makes the box sqrt(area r aspect) wide and sqrt(area / (r aspect)) high.
+    low = (area / (height * height * aspect)).clamp(*ratio).log()
+    high = (width * width / (area * aspect)).clamp(*ratio).log()
+    box_aspect = (low + (high - low) * shape).exp() * aspect
+    box_height, box_width = (area / box_aspect).sqrt(), (area * box_aspect).sqrt()
+    fit = torch.minimum(height / box_height, width / box_width).clamp(max=1.0)
+    box_height, box_width = (box_height * fit).clamp(max=height), (box_width * fit).clamp(max=width)
+    return torch.stack([top * (height - box_height), left * (width - box_width), box_height, box_width], dim=1)
+
+
+def zoom(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Input pixels per output pixel `[B]`, geometric mean of both directions, of boxes `[B, 4]` resized to `size`."""
+    return (boxes[:, 2] * boxes[:, 3] / (size[0] * size[1])).sqrt()
+
+
+def crop_resize(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Cut a box out of every image and resize it, with antialiasing where it shrinks.
+
+    Resampling is separable and linear, so it is two matrix products with one small matrix per sample and direction.
+
+    Args:
+        images: `[B, C, H, W]`.
+        boxes: `[B, 4]` top, left, height, width in input pixels; fractions are allowed.
+        size: (h, w) of the output.
+        interpolation: kernel, "bilinear" or "bicubic" (Keys 1981, a = -0.5).
+
+    Returns:
+        `[B, C, h, w]` of the same dtype.
+    """
+    top, left, height, width = boxes.float().unbind(1)
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 weights would blur positions
+        rows = _resampling_matrix(top, height, images.shape[2], size[0], interpolation)  # [B, h, H]
+        columns = _resampling_matrix(left, width, images.shape[3], size[1], interpolation)  # [B, w, W]
+        resized = images.float() @ columns.mT.unsqueeze(1)  # [B, C, H, w]
+        return (rows.unsqueeze(1) @ resized).to(images.dtype)  # [B, C, h, w]
+
+
+def turn(images: Tensor, quarters: Tensor, mirror: Tensor) -> Tensor:
+    """Rotate every image `[B, C, H, W]` by `quarters` `[B]` (counter-clockwise), then mirror it.
+
+    Args:
+        images: `[B, C, H, W]`; odd quarters need H = W.
+        quarters: `[B]` int in 0..3.
+        mirror: `[B, 2]` bool: top-bottom, left-right.
+
+    Returns:
+        The same pixels in another order, `[B, C, H, W]`.
+    """
+
+    def where(condition: Tensor, changed: Tensor, unchanged: Tensor) -> Tensor:
+        return torch.where(condition.view(-1, 1, 1, 1), changed, unchanged)
+
+    if images.shape[2] == images.shape[3]:
+        images = where(quarters % 2 == 1, images.mT, images)
+    images = where(((quarters == 1) | (quarters == 2)) ^ mirror[:, 0], images.flip(2), images)
+    return where((quarters >= 2) ^ mirror[:, 1], images.flip(3), images)
+
+
+def _change_intensity(images: Tensor, strength: float) -> Tensor:
+    batch, bands = images.shape[:2]
+    contrast, brightness = (torch.rand(2, batch, bands, 1, 1, device=images.device) * 2 - 1).mul(strength).unbind()
+    return (images * (1 + contrast) + brightness).to(images.dtype)
+
+
+def _drop_bands(images: Tensor, probability: float) -> Tensor:
+    draw = torch.rand(images.shape[:2], device=images.device)
+    keep = (draw >= probability) | (draw == draw.amax(dim=1, keepdim=True))
+    return images * keep[:, :, None, None].to(images.dtype)
+
+
+def _resampling_matrix(
+    start: Tensor, length: Tensor, inputs: int, outputs: int, interpolation: Interpolation
+) -> Tensor:
+    """Weights `[B, outputs, inputs]` that resample `[start, start + length)` `[B]`; every row sums to 1."""
+    kernel, support = _KERNELS[interpolation]
+    step = (length / outputs).view(-1, 1, 1)
+    pixels = torch.arange(inputs, device=start.device) + 0.5
+    centres = start.view(-1, 1, 1) + (torch.arange(outputs, device=start.device).view(1, -1, 1) + 0.5) * step
+    distance = (pixels - centres).abs() / step.clamp(min=1.0)  # a shrunk crop averages over `step` input pixels
+    weights = torch.where(distance < support, kernel(distance), 0.0)
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return 1 - distance
+
+
+def _keys_cubic(distance: Tensor) -> Tensor:
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, far)
+
+
+_KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "bilinear": (_triangle, 1.0),
+    "bicubic": (_keys_cubic, 2.0),
+}
