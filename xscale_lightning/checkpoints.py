@@ -1,0 +1,160 @@
+"""What a checkpoint says about itself, and how an encoder comes back out of it.
+
+Files from others are opened with `weights_only=True`: loading never runs code.
+"""
+
+import dataclasses
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.parsing import AttributeDict
+
+from xscale_lightning import __version__
+from xscale_lightning.data.bands import Bands
+from xscale_lightning.errors import UserError
+from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.models.vit import Encoder
+
+if TYPE_CHECKING:
+    from xscale_lightning.methods.base import SSLModule
+
+KEY = "xscale"
+
+
+def plain(value: Any) -> Any:
+    """`value` in plain types (dict, list, str, float, int, bool, None), which a weights-only load accepts."""
+    if isinstance(value, Bands):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)
+
+
+def plain_hparams(hparams: Mapping[str, Any]) -> AttributeDict:
+    """Hyper-parameters as plain types under Lightning's attribute dictionary."""
+    return AttributeDict(plain(dict(hparams)))
+
+
+def metadata(module: "SSLModule") -> dict[str, Any]:
+    """Everything needed to rebuild `module` and to say what it is."""
+    return {
+        "format": 1,
+        "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
+        "init_args": {k: v for k, v in plain(dict(module.hparams)).items() if k != "bands"},
+        "bands": module.bands.to_dict(),
+        "versions": {"xscale_lightning": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Open a checkpoint without running code.
+
+    Raises:
+        UserError: no such file, not a checkpoint, damaged, or with content other than weights and plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a .ckpt file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {str(path)!r} holds more than weights and is not opened (it could run code).") from error
+    except Exception as error:  # torch raises many types for damaged archives
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{str(path)!r} is no training checkpoint: it has no 'state_dict'.")
+    return checkpoint
+
+
+def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(checkpoint, metadata)` of a checkpoint written by this package.
+
+    Raises:
+        UserError: as `read`, or a checkpoint of another program.
+    """
+    checkpoint = read(path)
+    if KEY not in checkpoint:
+        raise UserError(f"checkpoint {str(path)!r} was not written by xscale: it says nothing of its method.")
+    return checkpoint, checkpoint[KEY]
+
+
+def check_resume(path: str | Path, module: "SSLModule") -> None:
+    """Refuse to resume `module` from a checkpoint of another method, architecture or set of bands.
+
+    Raises:
+        UserError: naming what differs and the remedy.
+    """
+    checkpoint, saved = read_metadata(path)
+    now = metadata(module)
+    if saved["class_path"] != now["class_path"]:
+        raise UserError(
+            f"--ckpt_path {str(path)!r} holds {saved['class_path']} and the configuration asks for "
+            f"{now['class_path']}: --ckpt_path only resumes the same run."
+        )
+    difference = Bands.from_dict(saved["bands"]).difference(module.bands)
+    if difference:
+        raise UserError(f"--ckpt_path {str(path)!r} was trained on other bands: {difference}.")
+    state, ours = checkpoint["state_dict"], module.state_dict()
+    for name in sorted(set(state) ^ set(ours)):
+        side = "only in the checkpoint" if name in state else "missing from it"
+        raise UserError(f"--ckpt_path {str(path)!r} is of another architecture: tensor {name!r} is {side}.")
+    for name, tensor in state.items():
+        if tensor.shape != ours[name].shape:
+            raise UserError(
+                f"--ckpt_path {str(path)!r} is of another architecture: {name!r} is {list(tensor.shape)} there and "
+                f"{list(ours[name].shape)} here."
+            )
+
+
+def load_method(path: str | Path) -> "SSLModule":
+    """Rebuild the method of a checkpoint, weights included, in evaluation mode.
+
+    The class named in the file is imported, so it must be one of ours or of an installed plug-in: no file is executed
+    that is not already installed.
+
+    Raises:
+        UserError: as `read_metadata`, or the class cannot be found.
+    """
+    from jsonargparse import ArgumentParser
+
+    from xscale_lightning.methods.base import SSLModule
+
+    checkpoint, saved = read_metadata(path)
+    module_name, _, class_name = saved["class_path"].rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install the package it is in.") from error
+    if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
+        raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "method", skip={"bands"})
+    args = parser.instantiate_classes(parser.parse_object({"method": saved["init_args"]})).method
+    module = cls(bands=Bands.from_dict(saved["bands"]), **vars(args)) if not isinstance(args, cls) else args
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
+
+
+def load_backbone(path: str | Path) -> tuple[Encoder, Bands]:
+    """The encoder of a checkpoint, weights included, in evaluation mode, and the record of its bands.
+
+    Raises:
+        UserError: as `read_metadata`.
+    """
+    checkpoint, saved = read_metadata(path)
+    bands = Bands.from_dict(saved["bands"])
+    encoder = BackboneConfig(**saved["init_args"]["backbone"]).build(len(bands))
+    prefix = "backbone."
+    state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(state)
+    return encoder.eval(), bands

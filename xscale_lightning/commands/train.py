@@ -1,0 +1,123 @@
+"""`xscale fit | validate | test | predict`: LightningCLI over our methods, data modules and default callbacks."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from xscale_lightning import checkpoints
+from xscale_lightning.callbacks import (
+    EmbeddingWriter,
+    FeatureGeometry,
+    OnlineKNN,
+    ProgressBar,
+    ReconstructionPictures,
+    RunSummary,
+    Throughput,
+)
+from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
+from xscale_lightning.data import folder, sample, scenes, torchgeo  # noqa: F401 (their class names become short names)
+from xscale_lightning.data.datamodule import XScaleDataModule
+from xscale_lightning.errors import UserError
+from xscale_lightning.methods.base import SSLModule
+
+# Key of the configuration -> callback class; every run has them, each configurable under its key.
+CALLBACKS = {
+    "checkpoint": ModelCheckpoint,
+    "knn": OnlineKNN,
+    "geometry": FeatureGeometry,
+    "pictures": ReconstructionPictures,
+    "throughput": Throughput,
+    "embeddings": EmbeddingWriter,
+    "summary": RunSummary,
+    "progress": ProgressBar,
+}
+
+
+class CLI(LightningCLI):
+    """LightningCLI with our run folders, default callbacks and checks before anything is written."""
+
+    def add_arguments_to_parser(self, parser: Parser) -> None:
+        """Add the default callbacks, the run folder, and the link from the data's bands to the model's."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "step_{step:07d}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+        parser.add_argument("--output", type=str, default="runs", help="Folder of run folders: OUTPUT/method/time.")
+        parser.link_arguments("data.bands", "model.init_args.bands", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration as given: a checkpoint's hyper-parameters never override it (see `check_resume`)."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse an output folder that cannot be written, before data is opened."""
+        check_writable(Path(self._get(self.config, "output")))
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """Build the Trainer, with a TensorBoard logger in a fresh run folder unless another logger is configured."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            kwargs["logger"] = self._logger()
+        if config.get("enable_progress_bar") is False:
+            self._parser(self.subcommand).callback_keys.remove("progress")
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another run before anything is written."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry"):
+            checkpoints.check_resume(path, self.model)
+
+    def _logger(self) -> TensorBoardLogger:
+        parent = Path(self._get(self.config_init, "output"))
+        method = self.model.method_name
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"_{self.subcommand}")
+        version, count = stamp, 1
+        while (parent / method / version).exists():
+            count += 1
+            version = f"{stamp}_{count}"
+        return TensorBoardLogger(str(parent), name=method, version=version, default_hp_metric=False)
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write below `folder` without leaving anything behind.
+
+    Raises:
+        UserError: it cannot be written, or a part of the path is a file.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {str(folder)!r} cannot be written ({error.strerror}): choose another folder.") from error
+
+
+def main(argv: list[str]) -> None:
+    """Run one of the four verbs."""
+    import_methods()
+    args = resolve_method_names(argv)
+    sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv
+    CLI(
+        SSLModule,
+        XScaleDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        parser_class=Parser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        trainer_defaults={"num_sanity_val_steps": 0},
+    )

@@ -1,0 +1,43 @@
+"""Exponential moving average of a module: the target encoder of the self-distilling methods."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA(nn.Module):
+    """A frozen copy of `module` that follows it: `ema = momentum * ema + (1 - momentum) * module`.
+
+    The base module moves it once per real optimizer step, never per micro-batch.
+
+    Args:
+        module: the student; the copy starts equal to it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "EMA":
+        """Stay in evaluation mode: a target has no dropout and no stochastic depth."""
+        return super().train(False)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The copy's forward, without gradients."""
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float, skip: Tensor | None = None) -> None:
+        """Move towards `student`; `skip` (a tensor, 1 when the optimizer skipped its step) cancels the move on the device.
+
+        Parameters move in one fused operation; buffers (running statistics) are copied.
+        """
+        ours, theirs = list(self.module.parameters()), list(student.parameters())
+        weight: float | Tensor = 1.0 - momentum
+        if skip is not None:
+            weight = weight * (1.0 - skip.to(ours[0].device).flatten()[0])
+        torch._foreach_lerp_(ours, theirs, weight)
+        for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
+            mine.copy_(other)

@@ -1,0 +1,57 @@
+"""Which tokens a method sees: pure functions of noise, so that a mask can be injected, nested and tested."""
+
+import torch
+from torch import Tensor
+
+from xscale_lightning.errors import UserError
+
+
+def keep_count(length: int, ratio: float) -> int:
+    """Number of visible tokens: `int(length * (1 - ratio))`, the expression of the published MAE family.
+
+    It truncates on the floating-point error (640 tokens at 0.9 keep 63, not 64); a rounded one gives other masks.
+
+    Raises:
+        UserError: ratio outside [0, 1), or one that leaves no token.
+    """
+    check_ratio(ratio)
+    count = int(length * (1 - ratio))
+    if count < 1:
+        raise UserError(
+            f"mask_ratio {ratio} leaves none of the {length} tokens visible: lower it to at most {1 - 1 / length:.3g}."
+        )
+    return count
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a mask ratio outside [0, 1).
+
+    Raises:
+        UserError: naming the value.
+    """
+    if not 0 <= ratio < 1:
+        raise UserError(f"mask_ratio must be in [0, 1), got {ratio}: 0.75 hides three quarters of the tokens.")
+
+
+def random_mask(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Split tokens per sample by noise: the lowest are kept.
+
+    Args:
+        noise: `[B, L]`, for example uniform.
+        ratio: share of the tokens to hide.
+
+    Returns:
+        Flat indices of the kept tokens `[B, K]` and of the hidden ones `[B, L - K]`, each in order of their noise;
+        with the same noise a higher ratio keeps a prefix of a lower one's tokens (nested masks).
+
+    Source: He et al. 2022, section 3 and its published shuffling by argsort.
+    """
+    count = keep_count(noise.shape[1], ratio)
+    order = noise.argsort(dim=1)
+    return order[:, :count], order[:, count:]
+
+
+def to_boolean(indices: Tensor, length: int) -> Tensor:
+    """Boolean mask `[B, L]`, true at `indices [B, K]`."""
+    mask = torch.zeros(len(indices), length, dtype=torch.bool, device=indices.device)
+    return mask.scatter(1, indices, True)

@@ -1,0 +1,49 @@
+"""Which methods there are: our own and those that installed packages announce.
+
+A package announces a method in its pyproject.toml:
+
+    [project.entry-points."xscale_lightning.methods"]
+    my_method = "my_package.my_method:MyMethod"
+"""
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from xscale_lightning.errors import UserError
+
+GROUP = "xscale_lightning.methods"
+BUILT_IN = {"mae": "xscale_lightning.methods.mae:MAE"}
+
+
+@cache
+def method_entries() -> dict[str, EntryPoint]:
+    """Entry points by name; the built-in ones are there also when the package is not installed."""
+    entries = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    for entry in entry_points(group=GROUP):
+        if entry.name not in BUILT_IN:
+            entries[entry.name] = entry
+    return entries
+
+
+def load_method_class(name: str) -> type:
+    """The method class announced under `name`.
+
+    Raises:
+        UserError: the class cannot be imported or is no `SSLModule`.
+    """
+    from xscale_lightning.methods.base import SSLModule
+
+    entry = method_entries()[name]
+    try:
+        cls = entry.load()
+    except Exception as error:
+        raise UserError(f"method {name!r} ({entry.value}) cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
+        raise UserError(f"method {name!r} ({entry.value}) is no subclass of SSLModule.")
+    return cls
+
+
+def class_path(name: str) -> str:
+    """`package.module.Class` for an announced name; any other text comes back unchanged."""
+    entry = method_entries().get(name)
+    return entry.value.replace(":", ".") if entry else name

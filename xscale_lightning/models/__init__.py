@@ -1,0 +1,1 @@
+"""Encoders, tokenizers, positions, attention and decoders: torch and timm only."""

@@ -1,0 +1,171 @@
+"""`attend`: the one place that knows about attention kernels.
+
+Backends: `xformers` (memory-efficient attention on CUDA), `sdpa` (PyTorch's fused kernels) and `math` (explicit
+softmax). They agree in forward and gradient within rounding (tests/models/test_attention.py holds the tolerances).
+"""
+
+import functools
+import importlib
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from torch import Tensor
+
+Backend = Literal["auto", "xformers", "sdpa", "math"]
+
+# Measured on server CPUs with bfloat16 units: SDPA's flash backward is up to ten times slower than explicit attention
+# for short sequences and faster from about 500 tokens on; in float32 it wins or ties everywhere.
+CPU_BF16_MATH_BELOW = 512
+
+
+@functools.cache
+def xformers_status() -> tuple[bool, str]:
+    """Whether xFormers' memory-efficient attention can run here, and why (not)."""
+    if not torch.cuda.is_available():
+        return False, "no CUDA device (xFormers has no CPU operator)"
+    try:
+        ops = importlib.import_module("xformers.ops")
+    except Exception as error:  # a broken CUDA library raises OSError and others at import
+        return False, f"xformers does not import: {type(error).__name__}: {error}"
+    q = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16, device="cuda")
+    try:
+        ops.memory_efficient_attention(q, q, q)
+    except Exception as error:  # built for another torch: its C++ operators are missing
+        return False, f"xformers has no working operator here: {str(error).splitlines()[0]}"
+    return True, "xFormers memory-efficient attention works on this GPU"
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, length: int) -> tuple[str, str]:
+    """The backend for sequences of `length` tokens, and the reason in words."""
+    if device.type == "cuda":
+        works, why = xformers_status()
+        return ("xformers", why) if works else ("sdpa", why)
+    if device.type == "cpu" and dtype is torch.bfloat16 and length < CPU_BF16_MATH_BELOW:
+        return "math", f"explicit attention is faster than SDPA below {CPU_BF16_MATH_BELOW} tokens on a CPU in bfloat16"
+    return "sdpa", f"PyTorch's fused attention on {device.type}"
+
+
+def available_backends(device: torch.device) -> list[str]:
+    """Backends that can run on `device`."""
+    works = device.type == "cuda" and xformers_status()[0]
+    return ["xformers", "sdpa", "math"] if works else ["sdpa", "math"]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: tuple[int, ...] | None = None,
+    kv_seqlens: tuple[int, ...] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax attention `softmax(q k' / sqrt(d)) v` over `[B, N, H, d]` -> `[B, N, H, d]`.
+
+    Args:
+        q: queries `[B, N, H, d]`.
+        k: keys `[B, M, H, d]`.
+        v: values `[B, M, H, d]`.
+        seqlens: lengths of sequences packed one after the other into one row (then B is 1 and they sum to N);
+            a token attends only inside its own sequence.
+        kv_seqlens: lengths of the packed key sequences when they differ from the queries' (cross-attention).
+        backend: kernel to use; `auto` chooses by device, type and length.
+
+    Raises:
+        ValueError: packed input whose row count is not 1 or whose lengths do not sum to N.
+        ImportError, NotImplementedError: a backend was asked for that cannot run on this device.
+    """
+    if seqlens is None:
+        name = choose_backend(q.device, q.dtype, k.shape[1])[0] if backend == "auto" else backend
+        return _KERNELS[name](q, k, v, None)
+    kv_seqlens = kv_seqlens or seqlens
+    if q.shape[0] != 1 or sum(seqlens) != q.shape[1] or sum(kv_seqlens) != k.shape[1]:
+        raise ValueError(
+            f"packed attention wants one row and lengths that sum to it, got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"seqlens summing to {sum(seqlens)} and {sum(kv_seqlens)}."
+        )
+    name = choose_backend(q.device, q.dtype, max(kv_seqlens))[0] if backend == "auto" else backend
+    if name == "xformers":
+        return _xformers(q, k, v, _block_diagonal(seqlens, kv_seqlens))
+    return _unpacked(q, k, v, seqlens, kv_seqlens, name)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
+    logits = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: object | None) -> Tensor:
+    ops = importlib.import_module("xformers.ops")
+    return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+_KERNELS = {"math": _math, "sdpa": _sdpa, "xformers": _xformers}
+
+
+@functools.lru_cache(maxsize=64)
+def _block_diagonal(seqlens: tuple[int, ...], kv_seqlens: tuple[int, ...]) -> object:
+    bias = importlib.import_module("xformers.ops.fmha.attn_bias")
+    return bias.BlockDiagonalMask.from_seqlens(list(seqlens), list(kv_seqlens))
+
+
+@functools.lru_cache(maxsize=64)
+def _padding(seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where packed tokens stand in a padded `[S, L]` layout: source index, validity, and the way back `[sum]`."""
+    lengths = torch.tensor(seqlens)
+    starts = lengths.cumsum(0) - lengths
+    steps = torch.arange(int(lengths.max()))
+    valid = steps < lengths[:, None]  # [S, L]
+    source = torch.where(valid, starts[:, None] + steps, starts[:, None])
+    back = valid.flatten().nonzero().squeeze(1)
+    return source.to(device), valid.to(device), back.to(device)
+
+
+def _unpacked(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...], kv_seqlens: tuple[int, ...], name: str
+) -> Tensor:
+    """Packed attention for kernels without a block-diagonal mode: one padded row per sequence, keys masked."""
+    source, _, back = _padding(seqlens, q.device)
+    kv_source, kv_valid, _ = _padding(kv_seqlens, k.device)
+    mask = None if len(set(kv_seqlens)) == 1 else kv_valid[:, None, None, :]  # [S, 1, 1, M]
+    out = _KERNELS[name](q[0][source], k[0][kv_source], v[0][kv_source], mask)  # [S, L, H, d]
+    return out.flatten(0, 1)[back].unsqueeze(0)
+
+
+class Attention(TimmAttention):
+    """timm's multi-head self-attention (same parameters, same names) computed by `attend`."""
+
+    backend: Backend = "auto"
+
+    @classmethod
+    def adopt(cls, other: TimmAttention) -> "Attention":
+        """The same layer (shared parameters, same names) computed by `attend`."""
+        layer = cls(other.qkv.in_features, other.num_heads, other.head_dim, qkv_bias=other.qkv.bias is not None)
+        for name, child in other.named_children():
+            setattr(layer, name, child)
+        return layer
+
+    def forward(self, x: Tensor, seqlens: tuple[int, ...] | None = None) -> Tensor:  # type: ignore[override]
+        """Self-attention over `x [B, N, D]` -> `[B, N, D]`; `seqlens` as in `attend`."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2)  # [B, N, H, d]
+        out = attend(self.q_norm(q), self.k_norm(k), v, seqlens, backend=self.backend)
+        return self.proj_drop(self.proj(self.norm(out.reshape(batch, length, self.attn_dim))))
+
+
+def set_backend(module: torch.nn.Module, backend: Backend) -> None:
+    """Make every attention layer inside `module` use `backend`."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.backend = backend

@@ -1,0 +1,114 @@
+"""Position embeddings: fixed 2-D sin-cos (MAE), GSD-scaled (Scale-MAE), and learned tables that resize.
+
+All of them are computed for the grid at hand, so any image size works and no size is baked into a checkpoint.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xscale_lightning.errors import UserError
+
+
+def sincos_1d(positions: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines, of `positions [...]` at `dim / 2` frequencies `10000 ** (-k / (dim / 2))` -> `[..., dim]`.
+
+    Source: Vaswani et al. 2017, section 3.5, in the order sines-then-cosines of MAE.
+    """
+    half = dim // 2
+    omega = 10000.0 ** (-torch.arange(half, dtype=positions.dtype, device=positions.device) / half)
+    angles = positions.unsqueeze(-1) * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sincos_2d(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """2-D sin-cos table: the column coordinate fills the first half of the channels, the row coordinate the second.
+
+    Args:
+        dim: number of channels, a multiple of 4.
+        rows: row coordinates `[..., H]`.
+        columns: column coordinates `[..., W]`.
+
+    Returns:
+        `[..., H * W, dim]` in row-major order, in the type of the coordinates.
+
+    Source: He et al. 2022 (MAE), whose published tables have this order.
+
+    Raises:
+        UserError: `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"sin-cos positions need a width that is a multiple of 4, got {dim}: choose another width.")
+    height, width = rows.shape[-1], columns.shape[-1]
+    x = sincos_1d(columns, dim // 2).unsqueeze(-3).expand(*columns.shape[:-1], height, width, dim // 2)
+    y = sincos_1d(rows, dim // 2).unsqueeze(-2).expand(*rows.shape[:-1], height, width, dim // 2)
+    return torch.cat([x, y], dim=-1).flatten(-3, -2)  # [..., H, W, dim] -> [..., H * W, dim]
+
+
+def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a spatial table `[1, h * w, D]` from grid `old` to grid `new`, bicubic with antialiasing -> `[1, H * W, D]`."""
+    if old == new:
+        return table
+    grid = table.reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class SinCosPositions(nn.Module):
+    """Fixed 2-D sin-cos positions at the integer patch coordinates (MAE), computed once per grid and kept."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self._cache: dict[tuple, Tensor] = {}
+
+    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[1, H * W, D]` for `grid = (H, W)`, in the type and on the device of `like`; `gsd` is ignored."""
+        key = (*grid, like.dtype, like.device)
+        if key not in self._cache:
+            height, width = (torch.arange(n, dtype=torch.float64) for n in grid)
+            self._cache[key] = sincos_2d(self.dim, height, width).to(like).unsqueeze(0)
+        return self._cache[key]
+
+
+class GSDPositions(nn.Module):
+    """Sin-cos positions scaled by the ground sample distance: `position * gsd / reference_gsd`.
+
+    Source: Reed et al. 2023 (Scale-MAE), GSD positional encoding: a metre on the ground is the same step in the code at
+    every scale.
+    """
+
+    def __init__(self, dim: int, reference_gsd: float) -> None:
+        super().__init__()
+        if not reference_gsd > 0:
+            raise UserError(f"reference_gsd must be a positive number of metres per pixel, got {reference_gsd}.")
+        self.dim = dim
+        self.reference_gsd = reference_gsd
+
+    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[B, H * W, D]` for `gsd [B]` in metres per pixel.
+
+        Raises:
+            UserError: the batch has no `gsd`.
+        """
+        if gsd is None:
+            raise UserError("position 'gsd' needs batch['gsd'] (metres per pixel): let the data module deliver it.")
+        scale = (gsd.double() / self.reference_gsd).unsqueeze(-1)  # [B, 1]
+        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid)  # [B, H], [B, W]
+        return sincos_2d(self.dim, rows, columns).to(like)
+
+
+class LearnedPositions(nn.Module):
+    """A learned table made for one grid and resized (bicubic) to any other."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.zeros(1, math.prod(grid), dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[1, H * W, D]` for `grid = (H, W)`; `gsd` is ignored."""
+        return resize_table(self.table, self.grid, grid).to(like.dtype)

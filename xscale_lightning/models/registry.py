@@ -1,0 +1,132 @@
+"""Backbones by name: `create_backbone("vit_small_patch8", in_chans=13)`, `timm:NAME`, and your own."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+
+from xscale_lightning.errors import UserError
+from xscale_lightning.models.timm_vit import TimmViT
+from xscale_lightning.models.vit import Encoder, Pool, Position, ViT
+
+
+@dataclass
+class BackboneConfig:
+    """The encoder, by name and options."""
+
+    name: str = "vit_small_patch16"
+    """Registered name (`xscale backbones` lists them) or `timm:NAME`."""
+    position: Position = "sincos"
+    """`sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel) or `learned` (a table that resizes)."""
+    image_size: int = 224
+    """Pixels per side that a learned position table is made for; other positions do not need it."""
+    class_token: bool = True
+    """Prepend a class token."""
+    depth: int | None = None
+    """Number of blocks, when another than the name's."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block."""
+    pool: Pool = "mean"
+    """One vector per image: `mean` of the patch tokens or the `cls` token."""
+    reference_gsd: float = 10.0
+    """Metres per pixel at which `gsd` positions equal plain sin-cos."""
+    pretrained: bool = False
+    """Load timm's weights (`timm:` names only; downloads them)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no backbone can have."""
+        if self.depth is not None and self.depth < 1:
+            raise UserError(f"backbone.depth must be at least 1, got {self.depth}.")
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"backbone.drop_path must be in [0, 1), got {self.drop_path}.")
+
+    def build(self, in_chans: int) -> Encoder:
+        """The encoder for `in_chans` bands."""
+        return create_backbone(in_chans=in_chans, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+Factory = Callable[[int, BackboneConfig], Encoder]
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register_backbone(name: str) -> Callable[[Factory], Factory]:
+    """Decorator that registers `factory(in_chans, config) -> Encoder` under `name`.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def register(factory: Factory) -> Factory:
+        if name in _FACTORIES:
+            raise UserError(f"backbone name {name!r} is taken: choose another one.")
+        _FACTORIES[name] = factory
+        return factory
+
+    return register
+
+
+def list_backbones() -> list[str]:
+    """Registered names in order."""
+    return list(_FACTORIES)
+
+
+def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
+    """Build the backbone `name` for `in_chans` bands.
+
+    Args:
+        name: a registered name or `timm:NAME`.
+        in_chans: number of bands.
+        **options: fields of `BackboneConfig`.
+
+    Raises:
+        UserError: unknown name (with the nearest ones) or option, or options that the backbone cannot have.
+    """
+    unknown = set(options) - {f.name for f in fields(BackboneConfig)}
+    if unknown:
+        raise UserError(f"unknown backbone option {sorted(unknown)[0]!r}: see BackboneConfig.")
+    config = BackboneConfig(name=name, **options)  # type: ignore[arg-type]
+    if in_chans < 1:
+        raise UserError(f"a backbone needs at least one band, got in_chans={in_chans}.")
+    if name.startswith("timm:"):
+        if config.position != "sincos" or config.depth is not None or not config.class_token:
+            raise UserError(f"backbone {name!r} brings its own positions, depth and tokens: leave these options out.")
+        return TimmViT(name[5:], in_chans, config.pretrained, config.drop_path, config.pool)
+    if name not in _FACTORIES:
+        near = difflib.get_close_matches(name, _FACTORIES, n=3) or list(_FACTORIES)[:3]
+        raise UserError(f"unknown backbone {name!r}: did you mean {', '.join(near)}? `xscale backbones` lists all.")
+    if config.pretrained:
+        raise UserError(f"backbone {name!r} has no weights of its own: pretrained is for 'timm:NAME' backbones.")
+    return _FACTORIES[name](in_chans, config)
+
+
+# timm's sizes: width, depth, heads.
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+PATCHES = (4, 8, 14, 16, 32)
+
+
+def _vit(in_chans: int, config: BackboneConfig, size: str, patch: int) -> ViT:
+    dim, depth, heads = SIZES[size]
+    return ViT(
+        in_chans,
+        patch,
+        dim,
+        config.depth or depth,
+        heads,
+        position=config.position,
+        image_size=(config.image_size, config.image_size),
+        class_token=config.class_token,
+        drop_path=config.drop_path,
+        pool=config.pool,
+        reference_gsd=config.reference_gsd,
+    )
+
+
+for _size in SIZES:
+    for _patch in PATCHES:
+        register_backbone(f"vit_{_size}_patch{_patch}")(partial(_vit, size=_size, patch=_patch))

@@ -1,0 +1,69 @@
+"""What a tokenizer or an encoder hands on."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Patch tokens, with or without prefix tokens, and where on the grid they stand.
+
+    Attributes:
+        x: tokens `[B, P + N, D]`: P prefix tokens (class token), then N patch tokens.
+        grid: `(G, H, W)`; G is 1 for plain images and the number of spectral groups for spectral cubes.
+        kept: flat indices `[B, N]` in `(G, H, W)` order of the patch tokens in `x`, or None when all of them are there.
+        num_prefix: P.
+    """
+
+    x: Tensor
+    grid: tuple[int, int, int]
+    kept: Tensor | None = None
+    num_prefix: int = 0
+
+    @property
+    def prefix(self) -> Tensor:
+        """Prefix tokens `[B, P, D]`."""
+        return self.x[:, : self.num_prefix]
+
+    @property
+    def patches(self) -> Tensor:
+        """Patch tokens `[B, N, D]`."""
+        return self.x[:, self.num_prefix :]
+
+    @property
+    def length(self) -> int:
+        """Number of positions on the whole grid, kept or not."""
+        groups, height, width = self.grid
+        return groups * height * width
+
+    def keep(self, ids: Tensor) -> "Tokens":
+        """Return only the patch tokens at the flat grid indices `ids [B, K]`; prefix tokens stay.
+
+        Raises:
+            ValueError: tokens were dropped before, so flat grid indices no longer address them.
+        """
+        if self.kept is not None:
+            raise ValueError("Tokens.keep: tokens were already dropped; choose all of them in one call.")
+        patches = gather(self.patches, ids)
+        x = torch.cat([self.prefix, patches], dim=1) if self.num_prefix else patches
+        return replace(self, x=x, kept=ids)
+
+    def feature_map(self) -> Tensor:
+        """Patch tokens as `[B, G * D, H, W]`.
+
+        Raises:
+            ValueError: some tokens were dropped, so there is no full map.
+        """
+        if self.kept is not None:
+            raise ValueError("Tokens.feature_map: some tokens were dropped; encode with keep=None.")
+        groups, height, width = self.grid
+        batch, _, dim = self.patches.shape
+        x = self.patches.reshape(batch, groups, height, width, dim)  # [B, G, H, W, D]
+        return x.permute(0, 1, 4, 2, 3).reshape(batch, groups * dim, height, width)
+
+
+def gather(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `x [B, N, D]` at `ids [B, K]` -> `[B, K, D]`."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,204 @@
+"""The Vision Transformer encoder: timm's blocks with our attention, any band count, any image size."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+from xscale_lightning.errors import UserError
+from xscale_lightning.models.attention import Attention
+from xscale_lightning.models.pos_embed import GSDPositions, LearnedPositions, SinCosPositions, resize_table
+from xscale_lightning.models.tokenizers import PatchEmbed, check_divides
+from xscale_lightning.models.tokens import Tokens, gather
+
+Position = Literal["sincos", "learned", "gsd"]
+Pool = Literal["mean", "cls"]
+
+
+class Block(TimmBlock):
+    """timm's pre-norm block with `attend`; parameter names are timm's."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0, mlp_ratio: float = 4.0) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            drop_path=drop_path,
+            norm_layer=LayerNorm,
+            attn_layer=Attention,
+        )
+
+    def forward(self, x: Tensor, seqlens: tuple[int, ...] | None = None) -> Tensor:  # type: ignore[override]
+        """One block over `x [B, N, D]`; `seqlens` as in `attend`."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), seqlens)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform matrices, zero biases, LayerNorm 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, PatchEmbed):
+        nn.init.xavier_uniform_(module.proj.weight.flatten(1))  # like the linear layer that it is
+        assert module.proj.bias is not None
+        nn.init.zeros_(module.proj.bias)
+
+
+class Encoder(nn.Module):
+    """What every backbone offers to the methods; see `docs/architecture.md`, "Backbone"."""
+
+    in_chans: int
+    patch_size: int
+    num_features: int
+    depth: int
+    num_prefix: int
+    pool_mode: Pool
+
+    def embed(self, images: Tensor, gsd: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """Prefix and patch tokens with positions; only the patches at `keep [B, K]` when given."""
+        raise UserError(f"{type(self).__name__} does not embed images into tokens.")
+
+    def encode(self, tokens: Tokens) -> Tokens:
+        """Blocks and final norm over embedded tokens."""
+        raise UserError(f"{type(self).__name__} does not encode tokens.")
+
+    def forward(self, images: Tensor, gsd: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """Encode `images [B, C, H, W]`; only the patches at flat grid indices `keep [B, K]` when given."""
+        return self.encode(self.embed(images, gsd, keep))
+
+    def grid(self, images: Tensor) -> tuple[int, int, int]:
+        """Token grid `(G, H, W)` of `images [B, C, H, W]`."""
+        height, width = images.shape[-2:]
+        check_divides(self.patch_size, height, width)
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """One vector per image `[B, D]`: the mean of the patch tokens, or the class token."""
+        return tokens.x[:, 0] if self.pool_mode == "cls" else tokens.patches.mean(1)
+
+    def layer_index(self, name: str) -> int:
+        """Depth of parameter `name`: 0 for the embedding, i + 1 for block i, depth + 1 for what follows (layer decay)."""
+        if "blocks." in name:
+            return int(name.split("blocks.")[1].split(".")[0]) + 1
+        return 0 if any(part in name for part in ("patch_embed", "positions", "pos_embed", "token")) else self.depth + 1
+
+
+class ViT(Encoder):
+    """Vision Transformer (Dosovitskiy et al. 2021) as an encoder of visible tokens (He et al. 2022).
+
+    Args:
+        in_chans: number of bands.
+        patch_size: in pixels.
+        dim: width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        position: `sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel) or `learned` (a table that resizes).
+        image_size: pixels (height, width) that the learned table is made for; the others do not need it.
+        class_token: prepend a learned token; it has no position, as in MAE.
+        drop_path: stochastic depth, rising linearly to this rate.
+        pool: how `pool` makes one vector of the tokens.
+        reference_gsd: metres per pixel at which `gsd` positions equal plain sin-cos.
+
+    Raises:
+        UserError: `pool='cls'` without a class token, or a learned table for a size that the patch does not divide.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        position: Position = "sincos",
+        image_size: tuple[int, int] = (224, 224),
+        class_token: bool = True,
+        drop_path: float = 0.0,
+        pool: Pool = "mean",
+        reference_gsd: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if pool == "cls" and not class_token:
+            raise UserError("pool 'cls' needs a class token: set class_token to true or pool to 'mean'.")
+        self.in_chans, self.patch_size, self.num_features, self.depth = in_chans, patch_size, dim, depth
+        self.num_prefix = int(class_token)
+        self.pool_mode: Pool = pool
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        if position == "learned":
+            check_divides(patch_size, *image_size)
+            grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+            self.positions: nn.Module = LearnedPositions(dim, grid)
+        else:
+            self.positions = GSDPositions(dim, reference_gsd) if position == "gsd" else SinCosPositions(dim)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        self.norm = LayerNorm(dim)
+        self.apply(init_weights)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, images: Tensor, gsd: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """Class token and patch tokens with positions; only the patches at `keep [B, K]` are computed when given."""
+        grid = self.patch_embed.grid(images)
+        x = self.patch_embed(images, keep)  # [B, K or N, D]
+        positions = self.positions(grid[1:], like=x, gsd=gsd)  # [1 or B, N, D]
+        if keep is not None:
+            positions = gather(positions.expand(len(x), -1, -1), keep)
+        x = x + positions
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return Tokens(x, grid, keep, self.num_prefix)
+
+    def encode(self, tokens: Tokens) -> Tokens:
+        """Blocks and final norm."""
+        x = tokens.x
+        for block in self.blocks:
+            x = block(x)
+        return Tokens(self.norm(x), tokens.grid, tokens.kept, tokens.num_prefix)
+
+    def encode_packed(self, batches: Sequence[Tokens]) -> list[Tokens]:
+        """Encode token batches of different lengths in one pass, packed into one row: nothing padded, nothing cut."""
+        rows = [tokens.x.flatten(0, 1) for tokens in batches]  # [B_i * N_i, D]
+        seqlens = tuple(t.x.shape[1] for t in batches for _ in range(t.x.shape[0]))
+        x = torch.cat(rows).unsqueeze(0)  # [1, sum, D]
+        for block in self.blocks:
+            x = block(x, seqlens)
+        parts = self.norm(x)[0].split([len(row) for row in rows])
+        return [Tokens(p.reshape(t.x.shape), t.grid, t.kept, t.num_prefix) for p, t in zip(parts, batches, strict=True)]
+
+    def load_timm_state_dict(self, weights: dict[str, Tensor]) -> list[str]:
+        """Load the weights of timm's `VisionTransformer` of the same size; returns the names that found no use (head).
+
+        timm adds its position table to the class token too: that part goes into our class token, so the features stay
+        equal. With fixed positions the table is left out and named in the return value.
+
+        Raises:
+            UserError: shapes differ (bands, patch, width) or weights are missing.
+        """
+        weights = dict(weights)
+        table = weights.pop("pos_embed", None)
+        unused = [name for name in weights if name not in dict(self.named_parameters())]
+        weights = {name: value for name, value in weights.items() if name not in unused}
+        if table is not None and isinstance(self.positions, LearnedPositions):
+            prefix, patches = table[:, : self.num_prefix], table[:, self.num_prefix :]
+            side = int(patches.shape[1] ** 0.5)
+            old = self.positions.grid if patches.shape[1] == self.positions.table.shape[1] else (side, side)
+            weights["positions.table"] = resize_table(patches, old, self.positions.grid)
+            if self.num_prefix:
+                weights["cls_token"] = weights["cls_token"] + prefix
+        elif table is not None:
+            unused.append("pos_embed")
+        try:
+            missing, _ = self.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"these weights do not fit the backbone: {str(error).splitlines()[1].strip()}") from error
+        if missing:
+            raise UserError(f"the weights lack {len(missing)} of the backbone's tensors, first {missing[0]!r}.")
+        return unused

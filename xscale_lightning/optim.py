@@ -1,0 +1,121 @@
+"""AdamW with parameter groups whose learning rate and weight decay are functions of the optimizer step."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from xscale_lightning.errors import UserError
+from xscale_lightning.schedules import cosine, warmup_cosine
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedules."""
+
+    lr: float = 1.5e-4
+    """Peak learning rate per 256 samples; the resolved one is `lr * global batch / 256`, printed and logged."""
+    scale_lr: bool = True
+    """Scale `lr` by the global batch (batch size x devices x accumulation); false takes it as it is."""
+    min_lr: float = 0.0
+    """Learning rate at the last step (as given, not scaled)."""
+    warmup_lr: float = 0.0
+    """Learning rate at step 0 of the warm-up (as given, not scaled)."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up in epochs, fractions allowed; at most the whole run."""
+    weight_decay: float = 0.05
+    """Decay of matrices; vectors (biases, norms) have none."""
+    final_weight_decay: float | None = None
+    """Weight decay at the last step, reached along half a cosine; null keeps it constant."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    layer_decay: float | None = None
+    """Learning rate of block i times `layer_decay ** (depth + 1 - i)`; null: all alike."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train."""
+        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise UserError(f"optimizer.{name} must be at least {low} and below {high}, got {value}.")
+        for name in ("min_lr", "warmup_lr", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}.")
+
+    def resolve_lr(self, global_batch: int) -> float:
+        """Peak learning rate for `global_batch` samples per optimizer step. Source: Goyal et al. 2017, linear scaling."""
+        return self.lr * global_batch / 256 if self.scale_lr else self.lr
+
+
+def parameter_groups(
+    module: nn.Module, layer_decay: float | None = None, layer_index: Callable[[str], int] | None = None, depth: int = 0
+) -> list[dict]:
+    """Trainable parameters in groups of equal decay and learning-rate scale.
+
+    Vectors and scalars (biases, norms) are not decayed; class and mask tokens and tables are, as in MAE's published code.
+
+    Args:
+        module: whose parameters to group.
+        layer_decay: factor per layer, or None.
+        layer_index: maps a parameter name under `backbone.` to 0..depth + 1; names outside it count as depth + 1.
+        depth: number of blocks.
+
+    Returns:
+        Dictionaries with `params`, `names`, `decay` (bool) and `lr_scale`.
+    """
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if layer_decay is not None and layer_index is not None and name.startswith("backbone."):
+            scale = layer_decay ** (depth + 1 - layer_index(name))
+        decay = parameter.ndim > 1
+        group = groups.setdefault((decay, scale), {"params": [], "names": [], "decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved numbers of one run: everything the schedules depend on."""
+
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    config: OptimizerConfig
+
+    def lr(self, step: int) -> float:
+        """Learning rate for optimizer step `step` (0-based)."""
+        c = self.config
+        return warmup_cosine(step, self.total_steps, self.warmup_steps, c.warmup_lr, self.peak_lr, c.min_lr)
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay for optimizer step `step` (0-based)."""
+        c = self.config
+        final = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
+        return cosine(step, self.total_steps, c.weight_decay, final)
+
+
+def build_adamw(groups: Iterable[dict], config: OptimizerConfig) -> AdamW:
+    """AdamW over `groups`, fused: one kernel for all parameters."""
+    names_out = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+    return AdamW(names_out, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def apply_plan(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
+    """Set every group's learning rate and weight decay for optimizer step `step`."""
+    lr, weight_decay = plan.lr(step), plan.weight_decay(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decay"] else 0.0
