@@ -35,20 +35,20 @@ demo: $(STAMP) ## Pretrain on the embedded satellite imagery for some minutes, t
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
 test: $(STAMP) ## Run all tests (arguments for pytest: make test ARGS="-k bands")
-	@OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff, formatting, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## Let ruff repair and format what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 docs: $(STAMP) ## Build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Documentation: site/index.html"
 
 bench: $(STAMP) ## Time the methods on this machine
