@@ -1,0 +1,33 @@
+"""Evaluation as pure functions on tensors: no Lightning, no files read, nothing remembered between calls."""
+
+from xscale_lightning.evaluation.geometry import effective_rank, mean_cosine, uniformity
+from xscale_lightning.evaluation.knn import knn_evaluate, knn_predict
+from xscale_lightning.evaluation.pictures import composite, picture_grid, save_png, stretch_limits
+from xscale_lightning.evaluation.reconstruction import (
+    ErrorSums,
+    bilinear_inpainting,
+    error_sums,
+    masked_psnr,
+    mean_fill,
+    percentile_range,
+    psnr,
+)
+
+__all__ = [
+    "ErrorSums",
+    "bilinear_inpainting",
+    "composite",
+    "effective_rank",
+    "error_sums",
+    "knn_evaluate",
+    "knn_predict",
+    "masked_psnr",
+    "mean_cosine",
+    "mean_fill",
+    "percentile_range",
+    "picture_grid",
+    "psnr",
+    "save_png",
+    "stretch_limits",
+    "uniformity",
+]
