@@ -138,9 +138,9 @@ def load_method(path: str | Path) -> "SSLModule":
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
         raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "method", skip={"bands"})
-    args = parser.instantiate_classes(parser.parse_object({"method": saved["init_args"]})).method
-    module = cls(bands=Bands.from_dict(saved["bands"]), **vars(args)) if not isinstance(args, cls) else args
+    parser.add_class_arguments(cls, "method")
+    arguments = {"method": {**saved["init_args"], "bands": saved["bands"]}}
+    module = parser.instantiate(parser.parse_object(arguments)).method
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
 

@@ -155,8 +155,20 @@ class Attention(TimmAttention):
             setattr(layer, name, child)
         return layer
 
-    def forward(self, x: Tensor, seqlens: tuple[int, ...] | None = None) -> Tensor:  # type: ignore[override]
-        """Self-attention over `x [B, N, D]` -> `[B, N, D]`; `seqlens` as in `attend`."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        seqlens: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Self-attention over `x [B, N, D]` -> `[B, N, D]`; `seqlens` as in `attend`.
+
+        Raises:
+            ValueError: a mask or causality is asked for (timm's signature has both; no method here uses them).
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("this attention has no masks: drop tokens, or pack sequences with seqlens.")
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)  # [B, N, H, d]

@@ -32,9 +32,15 @@ class Block(TimmBlock):
             attn_layer=Attention,
         )
 
-    def forward(self, x: Tensor, seqlens: tuple[int, ...] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        seqlens: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """One block over `x [B, N, D]`; `seqlens` as in `attend`."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), seqlens)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask, is_causal, seqlens)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -169,7 +175,7 @@ class ViT(Encoder):
         seqlens = tuple(t.x.shape[1] for t in batches for _ in range(t.x.shape[0]))
         x = torch.cat(rows).unsqueeze(0)  # [1, sum, D]
         for block in self.blocks:
-            x = block(x, seqlens)
+            x = block(x, seqlens=seqlens)
         parts = self.norm(x)[0].split([len(row) for row in rows])
         return [Tokens(p.reshape(t.x.shape), t.grid, t.kept, t.num_prefix) for p, t in zip(parts, batches, strict=True)]
 
