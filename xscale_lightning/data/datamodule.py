@@ -59,7 +59,7 @@ class Collate:
             UserError: if the images differ in size, or neither sample nor data module knows the gsd.
         """
         shared = [key for key in samples[0] if all(key in sample for sample in samples)]
-        batch = {key: value for key in shared if (value := _gather(key, [s[key] for s in samples])) is not None}
+        batch: Batch = {key: value for key in shared if (value := _gather(key, [s[key] for s in samples])) is not None}
         if "image" in batch:
             batch["image"] = batch["image"].float()
         if "gsd" not in batch:
@@ -121,7 +121,7 @@ class XScaleDataModule(LightningDataModule):
         self.bands = bands.resolve()
         self.batch_size = batch_size
         self.num_workers = default_num_workers() if num_workers is None else num_workers
-        self.name = type(self).__name__.lower()
+        self.name: str = type(self).__name__.lower()
         self.image_size: tuple[int, int] = (0, 0)
         self.num_classes: int | None = None
         self.multilabel = False
@@ -140,6 +140,11 @@ class XScaleDataModule(LightningDataModule):
         if split not in self._datasets:
             self._datasets[split] = self.build_dataset(split)
         return self._datasets[split]
+
+    @property
+    def skipped(self) -> int:
+        """Samples that could not be read so far and were replaced by others, over this process and its workers."""
+        return sum(int(dataset.skips) for dataset in self._datasets.values() if hasattr(dataset, "skips"))  # type: ignore
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits the stage needs, so that bad input is refused before training starts."""
@@ -191,12 +196,13 @@ class XScaleDataModule(LightningDataModule):
             raise UserError(f"data: {self.name} has no {split} split; choose another split or other data.")
         return dataset
 
-    def _loader(self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """Loader with what all loaders share; `options` (shuffle, drop_last, sampler ...) go to `DataLoader`."""
+        if "batch_sampler" not in options:
+            options["batch_size"] = self.batch_size
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
+            **options,
             num_workers=self.num_workers,
             collate_fn=Collate(self.gsd),
             pin_memory=torch.cuda.is_available(),

@@ -1,0 +1,160 @@
+"""What all data modules around somebody else's samples share: bands by name, raw values, gsd, size, labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from xscale_lightning.data import describe
+from xscale_lightning.data.bands import BandSelection, match_names
+from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
+from xscale_lightning.data.reading import OnError, Reader, check_on_error
+from xscale_lightning.errors import UserError
+
+
+@dataclass
+class Prepare:
+    """Makes our sample of a foreign one; lives in the worker processes."""
+
+    source: Any
+    """Dataset the samples come from."""
+    owner: str
+    """Its name, for messages."""
+    channels: list[int] | None
+    """Channels to take, in order; None takes all."""
+    delivered: int
+    """Number of channels the dataset has to deliver."""
+    size: tuple[int, int] | None
+    """Height and width to resize to, or None."""
+    gsd: float | None
+    """Metres per pixel the user gave; wins over the data's own."""
+    preset_gsd: float | None
+    """Metres per pixel of the sensor preset, where nothing else says it."""
+
+    def __call__(self, sample: Mapping[str, Any], index: Any) -> dict[str, Any]:
+        """Return `image [C, H, W]` float32 in raw units, `gsd`, and `label`, `mask` and `file` where there are any.
+
+        Raises:
+            UserError: if the image has another number of channels than named, or the gsd is not known.
+        """
+        if "image" not in sample:
+            raise UserError(f"data: samples of {self.owner} have no 'image', only {', '.join(sample)}.")
+        image = torch.as_tensor(sample["image"])
+        if image.ndim != 3 or image.shape[0] != self.delivered:
+            raise UserError(
+                f"data.bands: {self.owner} delivers images of shape {tuple(image.shape)}, but {self.delivered} bands "
+                "are named; fit data.bands, or set data.channels to the names of all channels it delivers."
+            )
+        result: dict[str, Any] = {"image": (image if self.channels is None else image[self.channels]).float()}
+        if "label" in sample:
+            result["label"] = torch.as_tensor(sample["label"]).long()
+        if "mask" in sample:
+            result["mask"] = torch.as_tensor(sample["mask"]).squeeze(0).long()
+        gsd = self.gsd or describe.gsd_of(self.source, sample, index) or self.preset_gsd
+        if gsd is None:
+            raise UserError("data.gsd: neither the data nor the sensor preset say it; set it to metres per pixel.")
+        height, width = image.shape[1:]
+        if self.size is not None and (height, width) != self.size:
+            gsd *= (height * width / (self.size[0] * self.size[1])) ** 0.5
+            result |= {key: resize(result[key], self.size) for key in ("image", "mask") if key in result}
+        result["gsd"] = torch.tensor(gsd)
+        file = describe.file_of(self.source, index)
+        return result if file is None else result | {"file": file}
+
+
+def resize(array: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize an image `[C, H, W]` (bilinear, antialiased) or a mask of classes `[H, W]` (nearest) to `[..., h, w]`."""
+    if array.ndim == 2:
+        return functional.interpolate(array[None, None].float(), size, mode="nearest-exact")[0, 0].to(array.dtype)
+    return functional.interpolate(array[None], size, mode="bilinear", antialias=True)[0]
+
+
+class WrappedData(XScaleDataModule):
+    """Data module around a dataset that is not ours; subclasses implement `open_source`."""
+
+    def __init__(
+        self,
+        bands: BandSelection = DEFAULT_BANDS,
+        channels: list[str] | None = None,
+        gsd: float | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        num_classes: int | None = None,
+        multilabel: bool | None = None,
+        name: str | None = None,
+        on_error: OnError = "skip",
+        batch_size: int = 64,
+        num_workers: int | None = None,
+    ) -> None:
+        """Check the arguments; files are opened by `setup`.
+
+        Args:
+            bands: bands to use, and their statistics.
+            channels: names of all channels the data delivers, in its order, where it does not say them itself.
+            gsd: metres per pixel; null takes it from the data, else from the sensor preset.
+            image_size: height and width in pixels to resize to (the gsd follows); null leaves images as they are.
+            num_classes: number of classes; null asks the data.
+            multilabel: whether an image has several labels; null looks at the first one.
+            name: short name for the log; null makes one.
+            on_error: "skip" puts another sample in the place of a file that cannot be read and counts it; "stop" stops.
+            batch_size: samples per device and step.
+            num_workers: processes that read files; 0 reads in the training process, null chooses from the CPU count.
+
+        Raises:
+            UserError: naming the argument that does not fit.
+        """
+        super().__init__(bands, batch_size, num_workers)
+        if gsd is not None and gsd <= 0:
+            raise UserError(f"data.gsd: {gsd} is not possible; give metres per pixel, above 0.")
+        self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if self._size is not None and min(self._size) < 1:
+            raise UserError(f"data.image_size: {image_size} is not possible; give pixels, at least 1.")
+        check_on_error(on_error)
+        self._channels, self._given_gsd = channels, gsd
+        self._on_error: OnError = on_error
+        self._given_classes, self._given_multilabel = num_classes, multilabel
+        self.image_size = self._size or (0, 0)
+        self.num_classes, self.multilabel = num_classes, bool(multilabel)
+        self.gsd = gsd or self.bands.gsd
+        self.name = name or self.name
+
+    def open_source(self, split: Split) -> Dataset[Any] | None:
+        """Open a split of the wrapped data (samples with `image` and perhaps `label`), or None if there is none."""
+        raise TypeError(f"{type(self).__name__} must implement open_source(split).")
+
+    def first_index(self, split: Split) -> Any:
+        """Index of some sample of an opened split."""
+        return 0
+
+    def build_dataset(self, split: Split) -> Dataset[Any] | None:
+        """Open one split and learn image size, classes and label form from its first sample.
+
+        Raises:
+            UserError: if the folder is missing, empty or holds something else, or the bands are not in the data.
+        """
+        source = self.open_source(split)
+        if source is None:
+            return None
+        names = self._channels or describe.band_names(source)
+        channels = None if names is None else match_names(self.bands.names, names, self.name)
+        prepare = Prepare(
+            source=source,
+            owner=self.name,
+            channels=None if names is None or channels == list(range(len(names))) else channels,
+            delivered=len(self.bands) if names is None else len(names),
+            size=self._size,
+            gsd=self._given_gsd,
+            preset_gsd=self.bands.gsd,
+        )
+        reader = Reader(source, prepare, self._on_error, partial(describe.file_of, source))
+        first = reader[self.first_index(split)]
+        self.image_size = (first["image"].shape[1], first["image"].shape[2])
+        self.gsd = float(first["gsd"])
+        if "label" in first:
+            self.num_classes = self._given_classes or describe.num_classes(source)
+            self.multilabel = first["label"].ndim == 1 if self._given_multilabel is None else self._given_multilabel
+        return reader
