@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK_LINE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][A-Za-z0-9.]*")
 # Assembled here so that this file does not contain what it forbids.
 FORBIDDEN = [
-    re.compile(pattern)
-    for pattern in (
-        r"(?<![\w.\-])/" + r"(work|root|tmp|home)/\w",  # a path on somebody's machine
-        r"\.\./" + r"shared\b",
-        r"(py" + r"pi\.org/simple|pythonhosted|download\.pytorch" + r"\.org|registry\.npmjs)",
-        r"--(extra-)?index" + r"-url|--find" + r"-links",
+    re.compile("".join(parts))
+    for parts in (
+        (r"(?<![\w.\-])/", r"(work|root|tmp|home)/\w"),  # a path on somebody's machine
+        (r"\.\./", r"shared\b"),
+        ("python", "hosted|", "pypi", r"\.org/simple|", "download", r"\.pytorch|", "registry", r"\.npmjs"),
+        ("--(extra-)?index", "-url|--find", "-links"),
     )
 ]
 
