@@ -1,0 +1,22 @@
+"""Callbacks that show whether a run learns, without touching its loss, its optimizer or its random numbers."""
+
+from xscale_lightning.callbacks.geometry import FeatureGeometry
+from xscale_lightning.callbacks.knn import OnlineKNN
+from xscale_lightning.callbacks.pictures import ReconstructionPictures
+from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, publish, run_folder
+from xscale_lightning.callbacks.progress import ProgressBar
+from xscale_lightning.callbacks.summary import RunSummary
+from xscale_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "FeatureGeometry",
+    "Measurement",
+    "OnlineKNN",
+    "ProbeCallback",
+    "ProgressBar",
+    "ReconstructionPictures",
+    "RunSummary",
+    "Throughput",
+    "publish",
+    "run_folder",
+]

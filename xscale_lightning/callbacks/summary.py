@@ -1,0 +1,230 @@
+"""The end of a run: a table, one plain sentence, and `results.json`."""
+
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich import get_console
+from rich.console import Console
+from rich.table import Table
+
+import xscale_lightning
+from xscale_lightning.callbacks.probe import Measurement, run_folder
+from xscale_lightning.callbacks.throughput import batch_images
+from xscale_lightning.callbacks.verdict import Record, format_value, verdict
+
+PACKAGES = ("torch", "lightning", "torchgeo", "timm", "torchmetrics", "xformers")
+
+
+class RunSummary(Callback):
+    """Collects every probe's figures with their step-0 values, and reports them at the end of the run.
+
+    Prints a table (metric, step 0, last, best base line) and one sentence that says whether the run learned, and writes
+    `<run>/results.json` whole or not at all. Step-0 values travel in the checkpoint: a resumed run has them, and so
+    have `validate` and `test` with `--ckpt_path`. An interrupted or failed run is reported as such. Without a logger
+    there is no run folder and only the table is printed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[str, Record] = {}
+        self.images_seen = 0
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+        self._first_loss: torch.Tensor | float | None = None
+        self._measured_step: int | None = None
+
+    def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
+        """Take note of figures measured now; in `fit` those before the first step are the base line."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        for name, value in measurement.metrics.items():
+            record = self.records.setdefault(name, Record())
+            if fitting and trainer.global_step == 0:
+                record.step_0, record.step_0_split = value, measurement.split
+            record.last, record.split = value, measurement.split
+            record.last_step = self._step(trainer)
+            record.baselines = dict(measurement.baselines.get(name, {}))
+
+    def step_zero(self, name: str) -> float | None:
+        """Step-0 value of a metric, None if it was not measured."""
+        return self.records[name].step_0 if name in self.records else None
+
+    def _step(self, trainer: Trainer) -> int:
+        # Outside fit the Trainer does not restore its step count; the checkpoint's is used.
+        return trainer.global_step or self._measured_step or 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock; outside `fit`, where Lightning does not restore callbacks, look up the step-0 values."""
+        self._started = time.perf_counter()
+        path = trainer.ckpt_path
+        if stage == "fit" or not path or "://" in str(path) or not os.path.isfile(path):
+            return
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
+            return  # the Trainer opens the same file and has the better message
+        self._measured_step = checkpoint.get("global_step")
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:
+            self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only, so that the checkpoint opens with `weights_only=True`."""
+        loss = self._first_loss
+        return {
+            "records": {name: asdict(record) for name, record in self.records.items()},
+            "images_seen": self.images_seen,
+            "seconds": self._seconds(),
+            "first_loss": loss.item() if isinstance(loss, torch.Tensor) else loss,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.records = {name: Record(**record) for name, record in state_dict["records"].items()}
+        self.images_seen = state_dict["images_seen"]
+        self._seconds_before = state_dict["seconds"]
+        self._first_loss = state_dict["first_loss"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new run (not a resumed one) starts from nothing; what step 0 measured just now is kept."""
+        if trainer.global_step == 0:
+            self.records = {name: record for name, record in self.records.items() if record.last_step == 0}
+            self.images_seen, self._seconds_before, self._first_loss = 0, 0.0, None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count images; keep the first loss (as a tensor: no waiting for the device)."""
+        self.images_seen += batch_images(batch) * trainer.world_size
+        if self._first_loss is None:
+            loss = trainer.callback_metrics.get("train/loss")
+            self._first_loss = None if loss is None else loss.detach().clone()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report; comes after every probe's last measurement (`on_train_end`)."""
+        self._report(trainer, pl_module, "fit", "finished")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report in `validate`."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, pl_module, "validate", "finished")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report in `test`."""
+        self._report(trainer, pl_module, "test", "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Report what a run that was stopped or failed has reached; one that never started leaves no file."""
+        if trainer.state.fn == TrainerFn.FITTING and self.images_seen:
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._report(trainer, pl_module, "fit", status)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, command: str, status: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        sentence = verdict(self.records)
+        self._print(sentence, status)
+        folder = run_folder(trainer)
+        if folder is None:
+            rank_zero_info("RunSummary: no logger, so no run folder; results.json is not written.")
+            return
+        path = write_json(self._results(trainer, pl_module, command, status, sentence), folder / "results.json")
+        rank_zero_info(f"results: {path}")
+
+    def _print(self, sentence: str, status: str) -> None:
+        console = get_console()
+        if not console.is_terminal:
+            console = Console(width=110)
+        if self.records:
+            table = Table(title=None if status == "finished" else status)
+            for title in ("metric", "step 0", "last", "at step", "best base line"):
+                table.add_column(title, justify="left" if title in ("metric", "best base line") else "right")
+            for name, record in self.records.items():
+                rival = record.best_baseline()
+                table.add_row(
+                    name,
+                    record.step_0_text(),
+                    format_value(record.last),
+                    str(record.last_step),
+                    f"{rival[0]} {format_value(rival[1])}" if rival else "",
+                )
+            console.print(table)
+        console.print(sentence, markup=False, highlight=False)
+
+    def _results(
+        self, trainer: Trainer, pl_module: LightningModule, command: str, status: str, sentence: str
+    ) -> dict[str, Any]:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        losses = {name: {"last": value} for name, value in values.items() if name.endswith("/loss")}
+        if "train/loss" in losses and self._first_loss is not None:
+            losses["train/loss"]["first"] = float(self._first_loss)
+        return {
+            "command": command,
+            "status": status,
+            "verdict": sentence,
+            "method": getattr(pl_module, "method_name", type(pl_module).__name__),
+            "metrics": {name: asdict(record) for name, record in self.records.items()},
+            "losses": losses,
+            "speed": {name.removeprefix("speed/"): v for name, v in values.items() if name.startswith("speed/")},
+            "steps": self._step(trainer),
+            "images_seen": self.images_seen,
+            "seconds": round(self._seconds(), 3),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "device": device_record(trainer, pl_module.device),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it stands on, as far as installed."""
+    found = {"python": platform.python_version(), "xscale_lightning": xscale_lightning.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_record(trainer: Trainer, device: torch.device) -> dict[str, Any]:
+    """What the run ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"type": device.type, "name": name, "processes": trainer.world_size, "precision": str(trainer.precision)}
+
+
+def write_json(content: dict[str, Any], path: Path) -> Path:
+    """Write strict JSON (numbers that are not finite become null), whole or not at all. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_strict(content), file, indent=2, allow_nan=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

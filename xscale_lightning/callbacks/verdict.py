@@ -1,0 +1,86 @@
+"""What a run's figures say, in one plain sentence. Pure functions on records."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Record:
+    """One metric over a run."""
+
+    step_0: float | None = None
+    """Value before the first step; None if it was not measured."""
+    step_0_split: str | None = None
+    """What step 0 was measured on."""
+    last: float = math.nan
+    """Newest value."""
+    last_step: int = 0
+    """Optimizer step of the newest value."""
+    split: str = "val"
+    """What the newest value was measured on."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """What simple methods reach on the same data."""
+
+    def best_baseline(self) -> tuple[str, float] | None:
+        """Name and value of the strongest base line (all of ours are better when higher)."""
+        finite = {name: value for name, value in self.baselines.items() if not math.isnan(value)}
+        return max(finite.items(), key=lambda item: item[1]) if finite else None
+
+    def step_0_text(self) -> str:
+        """Step-0 value for people; says so if it is missing or was measured on another split."""
+        if self.step_0 is None:
+            return "not measured"
+        return format_value(self.step_0) + (f" on {self.step_0_split}" if self.step_0_split != self.split else "")
+
+
+def format_value(value: float) -> str:
+    """Three decimals, fewer for large numbers."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def is_knn(name: str) -> bool:
+    """Whether a metric tells by itself whether neighbours share labels."""
+    return name.startswith("knn/") and name.endswith(("/top1", "/map_micro"))
+
+
+def verdict(records: Mapping[str, Record]) -> str:
+    """Say in one line whether the run learned, or that nothing measured it."""
+    findings = []
+    for name, record in records.items():
+        if name == "reconstruction/psnr":
+            findings.append(_reconstruction(record))
+        elif is_knn(name):
+            findings.append(_knn(name, record))
+    if not findings:
+        return (
+            "Nothing here measures whether it learned: give OnlineKNN.data labelled data, or use a method that "
+            "reconstructs pixels with ReconstructionPictures."
+        )
+    good = [finding for finding, _ in findings]
+    lead = "It learned" if all(good) else "Mixed" if any(good) else "It has not learned, as far as these figures show"
+    return f"{lead}: " + "; ".join(text for _, text in findings) + "."
+
+
+def _reconstruction(record: Record) -> tuple[bool, str]:
+    text = f"masked PSNR {record.last:.1f} dB"
+    zero = "not measured" if record.step_0 is None else f"{record.step_0:.1f}"
+    rival = record.best_baseline()
+    if rival is None:
+        better = record.step_0 is not None and record.last > record.step_0
+        return better, f"{text} {'is above' if better else 'is not above'} its step-0 value ({zero})"
+    better = record.last > rival[1]
+    return better, f"{text} {'beats' if better else 'does not beat'} {rival[0]} {rival[1]:.1f} dB (step 0: {zero})"
+
+
+def _knn(name: str, record: Record) -> tuple[bool, str]:
+    data, metric = name.removeprefix("knn/").rsplit("/", 1)
+    text = f"kNN {'top-1' if metric == 'top1' else 'mAP'} on {data} {record.last:.3f}"
+    if record.step_0 is None:
+        return False, f"{text} (step 0: not measured)"
+    if record.step_0_split != record.split:
+        return False, f"{text} on {record.split} cannot be compared with step 0 ({record.step_0_text()})"
+    better = record.last > record.step_0
+    return better, f"{text} is {'above' if better else 'not above'} its step-0 value {record.step_0:.3f}"
