@@ -103,8 +103,9 @@ def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
 
     with rasterio.MemoryFile(content) as memory, memory.open() as source:
         crs = source.crs
-        projected = crs is not None and crs.is_projected
-        gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1] if projected else None
+        gsd = None
+        if crs is not None and crs.is_projected:
+            gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1]
         return torch.from_numpy(source.read().astype(np.float32)), gsd
 
 
@@ -134,7 +135,7 @@ class ImageFolderData(WrappedData):
 
         Args:
             root: folder with one sub-folder of images per class, or a zip file of it.
-            train_list: text file with one image name per line (the ending does not matter); its path, or its name inside or beside root.
+            train_list: text file with one image name per line, endings ignored; a path, or a name inside or beside root.
             val_list: the same for validation.
             test_list: the same for testing.
             holdout: share of every class for validation, and again for testing, where nothing else says the splits.

@@ -83,7 +83,7 @@ def set_up(module: Any, stage: str, root: str | None, download: bool, name: str)
 
 
 def from_datamodule(module: Any, split: str) -> tuple[Dataset[Any] | None, dict[str, Any]]:
-    """Dataset of one split of a data module that is set up, and its sampler as a keyword of `DataLoader` (or nothing)."""
+    """Dataset of one split of a set-up data module, and its sampler as a keyword of `DataLoader` (or nothing)."""
     source = getattr(module, f"{split}_dataset", None)
     if source is None and split == "train":
         source = getattr(module, "dataset", None)

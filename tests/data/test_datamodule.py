@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.datamodule import Collate, XScaleDataModule, check_folder, default_num_workers
+from xscale_lightning.data.reading import Reader
+from xscale_lightning.errors import UserError
+
+
+class Numbers(Dataset):
+    """Sample i is an image full of i; the indices in `broken` cannot be read."""
+
+    def __init__(self, length, broken=()):
+        self.length, self.broken = length, set(broken)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError("truncated")
+        return {"image": torch.full((3, 4, 4), float(index)), "label": index}
+
+
+class NumbersData(XScaleDataModule):
+    def __init__(self, lengths, broken=(), on_error="skip", **kwargs):
+        super().__init__(bands=BandSelection("sentinel2_rgb"), **kwargs)
+        self.lengths, self.broken, self.on_error = lengths, broken, on_error
+
+    def build_dataset(self, split):
+        if split not in self.lengths:
+            return None
+        source = Numbers(self.lengths[split], self.broken)
+        return Reader(source, lambda sample, index: sample, self.on_error, lambda index: f"file{index}.tif")
+
+
+def labels(loader):
+    return torch.cat([batch["label"] for batch in loader]).tolist()
+
+
+def test_batches_have_our_form():
+    data = NumbersData({"train": 6}, batch_size=4, num_workers=0)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (4, 3, 4, 4) and batch["image"].dtype == torch.float32
+    assert batch["label"].shape == (4,) and batch["label"].dtype == torch.int64
+    assert batch["gsd"].dtype == torch.float32 and torch.equal(batch["gsd"], torch.full((4,), 10.0))
+
+
+def test_training_is_shuffled_and_evaluation_is_not():
+    data = NumbersData({"train": 50, "val": 10, "test": 7}, batch_size=8, num_workers=0)
+    torch.manual_seed(0)
+    seen = labels(data.train_dataloader())
+    assert len(seen) == 48 and seen != sorted(seen)  # the incomplete batch is dropped
+    assert labels(data.val_dataloader()) == list(range(10))
+    assert labels(data.test_dataloader()) == list(range(7))
+    assert labels(data.predict_dataloader()) == list(range(7))
+    assert labels(data.probe_dataloader("train")) == list(range(50))
+
+
+def test_a_training_set_smaller_than_a_batch_still_trains():
+    data = NumbersData({"train": 3}, batch_size=8, num_workers=0)
+    assert len(labels(data.train_dataloader())) == 3
+
+
+def test_missing_splits():
+    data = NumbersData({"train": 3}, batch_size=2, num_workers=0)
+    assert data.val_dataloader() == []
+    assert labels(data.predict_dataloader()) == [0, 1, 2]
+    with pytest.raises(UserError, match="no test split"):
+        data.test_dataloader()
+    with pytest.raises(UserError, match="no val split"):
+        data.probe_dataloader("val")
+
+
+def test_each_split_is_opened_once():
+    data = NumbersData({"train": 3}, num_workers=0)
+    data.setup("fit")
+    assert data.dataset("train") is data.dataset("train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_replaced_named_and_counted(workers, caplog):
+    data = NumbersData({"train": 6}, broken=(2, 3), batch_size=3, num_workers=workers)
+    assert labels(data.probe_dataloader("train")) == [0, 1, 4, 4, 4, 5]
+    assert data.skipped == 3  # sample 2 tried 2 and 3, sample 3 tried 3
+    if workers == 0:
+        assert "file2.tif is not readable (OSError: truncated)" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_stops_the_run_if_asked_to(workers):
+    data = NumbersData({"train": 6}, broken=(2,), on_error="stop", batch_size=3, num_workers=workers)
+    with pytest.raises(UserError, match=r"file2.tif is not readable"):
+        labels(data.probe_dataloader("train"))
+
+
+def test_nothing_readable_stops_even_when_skipping():
+    data = NumbersData({"train": 4}, broken=range(4), num_workers=0)
+    with pytest.raises(UserError, match="nor is any of the samples tried"):
+        labels(data.probe_dataloader("train"))
+
+
+def test_mistakes_in_code_are_not_taken_for_damaged_files():
+    reader = Reader(Numbers(3), lambda sample, index: sample.missing)
+    with pytest.raises(AttributeError):
+        reader[0]
+    assert int(reader.skips) == 0
+
+
+def test_collate_stacks_lists_and_drops():
+    samples = [
+        {
+            "image": torch.zeros(1, 2, 2, dtype=torch.uint8),
+            "file": "a",
+            "mask": np.ones((2, 2), np.int64),
+            "crs": object(),
+            "n": 1,
+        },
+        {
+            "image": torch.ones(1, 2, 2, dtype=torch.uint8),
+            "file": "b",
+            "mask": np.zeros((2, 2), np.int64),
+            "crs": object(),
+            "m": 2,
+        },
+    ]
+    batch = Collate(gsd=2.0)(samples)
+    assert set(batch) == {"image", "file", "mask", "gsd"}
+    assert batch["image"].dtype == torch.float32
+    assert batch["file"] == ["a", "b"]
+    assert batch["mask"].shape == (2, 2, 2)
+    assert batch["gsd"].tolist() == [2.0, 2.0]
+
+
+def test_collate_keeps_the_samples_own_gsd():
+    samples = [{"image": torch.zeros(1, 2, 2), "gsd": gsd} for gsd in (0.3, torch.tensor(30.0).item())]
+    torch.testing.assert_close(Collate(gsd=2.0)(samples)["gsd"], torch.tensor([0.3, 30.0]))
+
+
+def test_collate_refuses_different_sizes_and_unknown_gsd():
+    images = [{"image": torch.zeros(1, 2, 2)}, {"image": torch.zeros(1, 3, 2)}]
+    with pytest.raises(UserError, match=r"data.image_size"):
+        Collate(gsd=1.0)(images)
+    with pytest.raises(UserError, match=r"data.gsd"):
+        Collate()(images[:1])
+
+
+@pytest.mark.parametrize(("argument", "value"), [("batch_size", 0), ("batch_size", -3), ("num_workers", -1)])
+def test_impossible_numbers_are_named(argument, value):
+    with pytest.raises(UserError, match=rf"data.{argument}: {value}"):
+        NumbersData({}, **{argument: value})
+
+
+def test_default_workers_leave_a_core():
+    assert 0 <= default_num_workers() <= 8
+
+
+def test_folders_are_checked(tmp_path):
+    with pytest.raises(UserError, match=r"data.root: folder '.*nowhere' does not exist; go"):
+        check_folder("data.root", tmp_path / "nowhere", "go")
+    with pytest.raises(UserError, match="is empty"):
+        check_folder("data.root", tmp_path, "go")

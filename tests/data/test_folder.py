@@ -1,0 +1,180 @@
+import shutil
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from rasterio.transform import from_origin
+
+from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.folder import ImageFolderData
+from xscale_lightning.errors import UserError
+
+CLASSES = ("Forest", "River", "Sea Lake")
+
+
+def picture(path, value, size=(8, 8), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+def geotiff(path, array, crs="EPSG:32633", gsd=10.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {"driver": "GTiff", "height": array.shape[1], "width": array.shape[2], "count": len(array)}
+    transform = from_origin(500_000, 5_000_000, gsd, gsd)
+    with rasterio.open(path, "w", dtype=array.dtype, crs=crs, transform=transform, **profile) as file:
+        file.write(array)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """3 classes of 10 png pictures; the red value is the class, the green one the number of the picture."""
+    folder = tmp_path / "EuroMini"
+    for number, name in enumerate(CLASSES):
+        for i in range(10):
+            picture(folder / "2750" / name / f"{name}_{i}.png", (number, i, 255))
+    return folder
+
+
+def samples(data, split):
+    batches = list(data.probe_dataloader(split))
+    files = [file for batch in batches for file in batch["file"]]
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches]), files
+
+
+def test_folder_is_read_with_raw_values_and_labels(root):
+    data = ImageFolderData(str(root), gsd=10.0, batch_size=7, num_workers=0)
+    data.setup("fit")
+    images, numbers, files = samples(data, "train")
+    assert (data.name, data.num_classes, data.image_size, data.multilabel) == ("euromini", 3, (8, 8), False)
+    assert images.shape == (24, 3, 8, 8)
+    assert torch.equal(images[:, 0, 0, 0].long(), numbers)
+    assert (images[:, 2] == 255).all()
+    assert files[0].endswith(".png")
+
+
+def test_fixed_random_splits_are_disjoint_and_complete(root):
+    names = [set(samples(ImageFolderData(str(root), gsd=1.0, num_workers=0), s)[2]) for s in ("train", "val", "test")]
+    assert [len(part) for part in names] == [24, 3, 3]
+    assert len(set.union(*names)) == 30
+    assert set(samples(ImageFolderData(str(root), gsd=1.0, num_workers=0), "val")[2]) == names[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_zip_file_reads_like_its_folder(root, workers):
+    archive = shutil.make_archive(str(root), "zip", root)
+    unpacked = samples(ImageFolderData(str(root), gsd=10.0, num_workers=0), "train")
+    packed = samples(ImageFolderData(archive, gsd=10.0, batch_size=5, num_workers=workers), "train")
+    assert torch.equal(unpacked[0], packed[0]) and torch.equal(unpacked[1], packed[1])
+
+
+def test_lists_make_the_splits(root):
+    (root.parent / "train.txt").write_text("Forest_0.jpg\nRiver_3.jpg\nSea Lake_1.jpg\n")
+    (root / "val.txt").write_text("River_4.png\n")
+    data = ImageFolderData(str(root), train_list="train.txt", val_list="val.txt", gsd=1.0, num_workers=0)
+    assert sorted(samples(data, "train")[2]) == [
+        f"2750/{n}.png" for n in ("Forest/Forest_0", "River/River_3", "Sea Lake/Sea Lake_1")
+    ]
+    assert samples(data, "val")[1].tolist() == [1]
+    assert data.dataset("test") is None
+
+
+def test_folders_called_train_and_val_make_the_splits(tmp_path):
+    for split, count in (("train", 3), ("valid", 1)):
+        for name in ("a", "b"):
+            for i in range(count):
+                picture(tmp_path / split / name / f"{i}.jpg", (0, 0, 0))
+    data = ImageFolderData(str(tmp_path), gsd=1.0, num_workers=0)
+    assert (len(data.dataset("train")), len(data.dataset("val")), data.dataset("test")) == (6, 2, None)
+
+
+def test_geotiffs_bring_bands_by_name_and_gsd(tmp_path):
+    for name in ("a", "b"):
+        for i in range(3):
+            geotiff(
+                tmp_path / name / f"{i}.tif",
+                np.arange(4, dtype=np.uint16).reshape(4, 1, 1) * np.ones((1, 6, 5), np.uint16),
+                gsd=2.5,
+            )
+    bands = BandSelection("planet", ["NIR", "Red"])
+    data = ImageFolderData(str(tmp_path), bands=bands, channels=["Blue", "Green", "Red", "NIR"], num_workers=0)
+    batch = next(iter(data.probe_dataloader("train")))
+    assert batch["image"].shape[1:] == (2, 6, 5)
+    assert (batch["image"][:, 0] == 3).all() and (batch["image"][:, 1] == 2).all()
+    assert torch.equal(batch["gsd"], torch.full_like(batch["gsd"], 2.5))
+
+
+def test_different_sizes_are_resized_and_gsd_follows(tmp_path):
+    for name in ("a", "b"):
+        for i, size in enumerate([(8, 8), (16, 16), (32, 8)]):  # (width, height)
+            picture(tmp_path / name / f"{i}.png", (50, 60, 70), size)
+    (tmp_path / "all.txt").write_text("0\n1\n2\n")
+    data = ImageFolderData(str(tmp_path), train_list="all.txt", gsd=1.0, image_size=8, num_workers=0)
+    batch = next(iter(data.probe_dataloader("train")))
+    assert batch["image"].shape == (6, 3, 8, 8)
+    assert batch["gsd"].tolist() == [1.0, 2.0, 2.0, 1.0, 2.0, 2.0]
+    torch.testing.assert_close(batch["image"], torch.tensor([50.0, 60.0, 70.0]).view(1, 3, 1, 1).expand(6, 3, 8, 8))
+    unsized = ImageFolderData(str(tmp_path), train_list="all.txt", gsd=1.0, num_workers=0)
+    with pytest.raises(UserError, match=r"data.image_size"):
+        next(iter(unsized.probe_dataloader("train")))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nbroken"])
+def test_damaged_pictures_are_replaced_or_stop_the_run(root, content):
+    broken = sorted((root / "2750" / "River").glob("*.png"))
+    for path in broken:
+        path.write_bytes(content)
+    data = ImageFolderData(str(root), gsd=1.0, num_workers=0)
+    images, numbers, _ = samples(data, "train")
+    assert len(images) == 24 and 1 not in numbers and data.skipped > 0
+    assert (images[:, 2] == 255).all()  # never a black image
+    data = ImageFolderData(str(root), gsd=1.0, on_error="stop", num_workers=0)
+    with pytest.raises(UserError, match=r"River/River_\d.png is not readable"):
+        samples(data, "train")
+
+
+def test_truncated_geotiff_is_named(tmp_path):
+    for name in ("a", "b"):
+        for i in range(3):
+            geotiff(tmp_path / name / f"{i}.tif", np.ones((3, 64, 64), np.uint16))
+    path = tmp_path / "b" / "2.tif"
+    path.write_bytes(path.read_bytes()[:2000])
+    (tmp_path / "all.txt").write_text("0\n1\n2\n")
+    data = ImageFolderData(str(tmp_path), train_list="all.txt", on_error="stop", num_workers=0)
+    with pytest.raises(UserError, match=r"b/2.tif is not readable"):
+        samples(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"root": "nowhere"}, "data.root: folder 'nowhere' does not exist"),
+        ({"holdout": 0.5}, "data.holdout"),
+        ({"gsd": 0.0}, "data.gsd"),
+        ({"image_size": 0}, "data.image_size"),
+        ({"on_error": "ignore"}, "data.on_error"),
+        ({"train_list": "none.txt"}, "data.train_list: no file 'none.txt'"),
+        ({"gsd": None}, "data.gsd"),
+        ({"bands": BandSelection("naip")}, "4 bands are named"),
+        ({"bands": BandSelection("rgb", ["R", "X"])}, "no X; it has R, G, B"),
+    ],
+)
+def test_wrong_arguments_are_named(root, arguments, message):
+    arguments = {"root": str(root), "gsd": 1.0, "num_workers": 0} | arguments
+    with pytest.raises(UserError, match=message) as error:
+        ImageFolderData(**arguments).setup("fit")
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_folders_that_are_no_labelled_pictures_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is empty"):
+        ImageFolderData(str(tmp_path), gsd=1.0).setup("fit")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="holds no image"):
+        ImageFolderData(str(tmp_path), gsd=1.0).setup("fit")
+    with pytest.raises(UserError, match="no readable zip file"):
+        ImageFolderData(str(tmp_path / "notes.txt"), gsd=1.0).setup("fit")
+    picture(tmp_path / "only" / "0.png", (1, 2, 3))
+    with pytest.raises(UserError, match="one folder only"):
+        ImageFolderData(str(tmp_path), gsd=1.0).setup("fit")
