@@ -46,9 +46,11 @@ class RunSummary(Callback):
         self._started = time.perf_counter()
         self._first_loss: torch.Tensor | float | None = None
         self._measured_step: int | None = None
+        self._recalled = False
 
     def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
         """Take note of figures measured now; in `fit` those before the first step are the base line."""
+        self._recall(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         for name, value in measurement.metrics.items():
             record = self.records.setdefault(name, Record())
@@ -67,19 +69,25 @@ class RunSummary(Callback):
         return trainer.global_step or self._measured_step or 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock; outside `fit`, where Lightning does not restore callbacks, look up the step-0 values."""
+        """Start the clock."""
         self._started = time.perf_counter()
+        self._recalled = stage == "fit"
+
+    def _recall(self, trainer: Trainer) -> None:
+        """Outside `fit` Lightning does not restore callbacks: look up the step-0 values in the checkpoint, once."""
         path = trainer.ckpt_path
-        if stage == "fit" or not path or "://" in str(path) or not os.path.isfile(path):
+        if self._recalled or not path or not os.path.isfile(path):
             return
+        self._recalled = True
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
-            return  # the Trainer opens the same file and has the better message
+            return  # an unusual checkpoint that the Trainer could open: its step-0 values are "not measured"
         self._measured_step = checkpoint.get("global_step")
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state:
             self.load_state_dict(state)
+            self._seconds_before = 0.0  # the time of this command alone
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the checkpoint opens with `weights_only=True`."""
@@ -138,6 +146,7 @@ class RunSummary(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule, command: str, status: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._recall(trainer)
         sentence = verdict(self.records)
         self._print(sentence, status)
         folder = run_folder(trainer)

@@ -1,0 +1,119 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from xscale_lightning.callbacks import FeatureGeometry, OnlineKNN, ReconstructionPictures, RunSummary, Throughput
+from xscale_lightning.callbacks.summary import write_json
+from xscale_lightning.callbacks.verdict import Record, verdict
+
+
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
+
+
+def test_results_hold_every_figure_with_its_step_0_value(
+    make_data, make_method, make_trainer, tmp_path, capsys
+) -> None:
+    data = make_data()
+    callbacks = [OnlineKNN(), FeatureGeometry(), ReconstructionPictures(), Throughput(), RunSummary()]
+    trainer = make_trainer(*callbacks, max_steps=8)
+    trainer.fit(make_method(data), datamodule=data)
+    found = results(tmp_path)
+    names = {"knn/tiny/top1", "geometry/rank", "geometry/uniformity", "geometry/cosine", "reconstruction/psnr"}
+    assert set(found["metrics"]) == names
+    for record in found["metrics"].values():
+        assert record["step_0"] is not None and record["last_step"] == 8
+    assert set(found["metrics"]["reconstruction/psnr"]["baselines"]) == {"mean fill", "bilinear inpainting"}
+    assert (found["steps"], found["images_seen"], found["status"]) == (8, 128, "finished")
+    assert found["losses"]["train/loss"]["first"] > 0 and "last" in found["losses"]["val/loss"]
+    assert found["speed"]["images_per_s"] > 0 and 0 <= found["speed"]["data_wait"] <= 1
+    assert found["versions"]["torch"] and found["device"]["type"] == "cpu" and found["method"] == "tiny"
+    printed = capsys.readouterr().out
+    assert "step 0" in printed and "masked PSNR" in printed
+    assert found["verdict"].replace(" ", "") in printed.replace("\n", "").replace(" ", "")
+    assert [name for name in os.listdir(tmp_path / "runs" / "a") if name.endswith(".part")] == []
+
+
+def test_step_0_survives_a_resume_and_reaches_test(make_data, make_method, make_trainer, tmp_path) -> None:
+    data = make_data()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=4, save_top_k=-1)
+    trainer = make_trainer(FeatureGeometry(), OnlineKNN(), RunSummary(), checkpoint, enable_checkpointing=True)
+    trainer.fit(make_method(data), datamodule=data)
+    first = results(tmp_path)["metrics"]
+    (path,) = (tmp_path / "ckpt").glob("*.ckpt")
+    torch.load(path, weights_only=True)["callbacks"]["RunSummary"]
+
+    data = make_data()
+    trainer = make_trainer(FeatureGeometry(), OnlineKNN(), RunSummary(), max_steps=6)
+    trainer.fit(make_method(data), datamodule=data, ckpt_path=path)
+    found = results(tmp_path)
+    assert found["steps"] == 6 and found["images_seen"] == 96
+    for name, record in found["metrics"].items():
+        assert record["step_0"] == first[name]["step_0"] and record["last_step"] == 6
+
+    data = make_data()
+    trainer = make_trainer(FeatureGeometry(), OnlineKNN(), RunSummary())
+    trainer.test(make_method(data), datamodule=data, ckpt_path=path, verbose=False)
+    found = results(tmp_path)
+    assert (found["command"], found["steps"]) == ("test", 4)
+    record = found["metrics"]["knn/tiny/top1"]
+    assert (record["step_0"], record["step_0_split"], record["split"]) == (
+        first["knn/tiny/top1"]["step_0"],
+        "val",
+        "test",
+    )
+    assert "cannot be compared" in found["verdict"]
+
+
+def test_without_a_checkpoint_the_step_0_value_is_said_to_be_missing(
+    make_data, make_method, make_trainer, tmp_path, capsys
+) -> None:
+    data = make_data()
+    make_trainer(OnlineKNN(), RunSummary()).validate(make_method(data), datamodule=data, verbose=False)
+    assert results(tmp_path)["metrics"]["knn/tiny/top1"]["step_0"] is None
+    assert "not measured" in capsys.readouterr().out
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 2:
+            raise RuntimeError("disk full")
+
+
+def test_a_failed_run_says_so(make_data, make_method, make_trainer, tmp_path) -> None:
+    data = make_data()
+    with pytest.raises(RuntimeError, match="disk full"):
+        make_trainer(OnlineKNN(), RunSummary(), Stop()).fit(make_method(data), datamodule=data)
+    found = results(tmp_path)
+    assert (found["status"], found["steps"]) == ("failed", 2)
+    assert found["metrics"]["knn/tiny/top1"]["step_0"] is not None
+
+
+def test_verdict_says_plainly_what_happened() -> None:
+    rivals = {"mean fill": 17.0, "bilinear inpainting": 23.0}
+    good = Record(step_0=12.1, step_0_split="val", last=24.1, last_step=9, baselines=rivals)
+    expected = "It learned: masked PSNR 24.1 dB beats bilinear inpainting 23.0 dB (step 0: 12.1)."
+    assert verdict({"reconstruction/psnr": good}) == expected
+    bad = Record(step_0=12.1, step_0_split="val", last=21.0, last_step=9, baselines=rivals)
+    text = verdict({"reconstruction/psnr": bad})
+    assert text.startswith("It has not learned") and "does not beat bilinear inpainting 23.0 dB" in text
+    knn = Record(step_0=0.67, step_0_split="val", last=0.6, last_step=9)
+    text = verdict({"reconstruction/psnr": good, "knn/eurosat/top1": knn})
+    assert text.startswith("Mixed") and "kNN top-1 on eurosat 0.600 is not above its step-0 value 0.670" in text
+    assert "OnlineKNN.data" in verdict({"geometry/rank": Record(step_0=3.0, last=5.0)})
+    nan = Record(step_0=12.1, step_0_split="val", last=float("nan"), baselines=rivals)
+    assert verdict({"reconstruction/psnr": nan}).startswith("It has not learned")
+
+
+def test_json_is_strict_and_whole(tmp_path: Path) -> None:
+    path = write_json({"a": {"b": float("nan"), "c": 1.5}}, tmp_path / "new" / "x.json")
+    assert json.loads(path.read_text()) == {"a": {"b": None, "c": 1.5}}
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": {"b": None, "c": 1.5}}
+    assert os.listdir(path.parent) == ["x.json"]
