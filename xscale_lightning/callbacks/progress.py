@@ -83,6 +83,8 @@ class ProgressBar(RichProgressBar):
         return first if self._newest is None or self._newest[0].startswith("geometry/") else self._newest
 
     def _with_step_0(self, trainer: Trainer, name: str, value: float) -> str:
+        if trainer.global_step == 0 and name in self._step_0:
+            return f"{name} {format_value(value)}"  # this is the step-0 value
         zero = self._step_0.get(name)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if zero is None and hasattr(callback, "step_zero"):  # a resumed run: the summary has it
