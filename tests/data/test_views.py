@@ -70,7 +70,7 @@ def test_crop_without_resize_is_a_slice():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(10, 7), (48, 60)])
+@pytest.mark.parametrize("size", [(10, 7), (48, 60), (12, 60)])
 def test_resize_equals_torchs_antialiased_resize(interpolation, size):
     images, _ = batch(height=24, width=30, size=2)
     boxes = torch.tensor([[0.0, 0.0, 24.0, 30.0]]).expand(2, 4)
@@ -105,6 +105,19 @@ def test_turn_is_rot90_then_mirror():
     mirrored = turn(images, torch.zeros(4, dtype=torch.long), mirror)
     assert torch.equal(mirrored[0], images[0].flip(1)) and torch.equal(mirrored[1], images[1].flip(2))
     assert torch.equal(mirrored[2], images[2].flip(1, 2)) and torch.equal(mirrored[3], images[3])
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 16), (30, 40), (10, 20)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_turning_while_cropping_is_turning_after_it(size, interpolation):
+    torch.manual_seed(0)
+    images, _ = batch(height=24, width=24, size=16)
+    boxes = random_boxes(16, (24, 24), size, (0.2, 1.0), (0.75, 1.33))
+    quarters = torch.arange(4).repeat(4) if size[0] == size[1] else torch.tensor([0, 2]).repeat(8)
+    mirror = torch.tensor([[False, False], [True, False], [False, True], [True, True]]).repeat_interleave(4, dim=0)
+    together = crop_resize(images, boxes, size, interpolation, quarters, mirror)
+    after = turn(crop_resize(images, boxes, size, interpolation), quarters, mirror)
+    torch.testing.assert_close(together, after, atol=1e-4, rtol=1e-4)
 
 
 def test_long_images_turn_by_180_degrees_only():

@@ -7,10 +7,12 @@ Any number of bands; no operation mixes bands. Needs torch only.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xscale_lightning.errors import UserError
 
@@ -77,12 +79,13 @@ class Views:
         """
         batch, _, height, width = images.shape
         size = self.output_size(height, width)
-        if self.scale != (1.0, 1.0) or size != (height, width):  # else every crop is the image itself, bit for bit
+        quarters, mirror = self._random_turns(batch, size[0] == size[1], images.device)
+        if self.scale == (1.0, 1.0) and size == (height, width):  # the crop is the image itself, bit for bit
+            images = turn(images, quarters, mirror) if self.flip or self.rot90 else images
+        else:
             boxes = random_boxes(batch, (height, width), size, self.scale, self.ratio, images.device)
-            images = crop_resize(images, boxes, size, self.interpolation)
+            images = crop_resize(images, boxes, size, self.interpolation, quarters, mirror)
             gsd = gsd * zoom(boxes, size).to(gsd)
-        if self.flip or self.rot90:
-            images = turn(images, *self._random_turns(batch, size[0] == size[1], images.device))
         if self.intensity > 0:
             images = _change_intensity(images, self.intensity)
         if self.band_dropout > 0:
@@ -135,27 +138,37 @@ def zoom(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def crop_resize(
-    images: Tensor, boxes: Tensor, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+    images: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+    quarters: Tensor | None = None,
+    mirror: Tensor | None = None,
 ) -> Tensor:
-    """Cut a box out of every image and resize it, with antialiasing where it shrinks.
-
-    Resampling is separable and linear, so it is two matrix products with one small matrix per sample and direction.
+    """Cut a box out of every image, resize it with antialiasing where it shrinks, and turn it as `turn` does.
 
     Args:
         images: `[B, C, H, W]`.
         boxes: `[B, 4]` top, left, height, width in input pixels; fractions are allowed.
         size: (h, w) of the output.
         interpolation: kernel, "bilinear" or "bicubic" (Keys 1981, a = -0.5).
+        quarters: `[B]` int in 0..3, or None for no rotation; odd quarters need h = w.
+        mirror: `[B, 2]` bool: top-bottom, left-right, or None.
 
     Returns:
         `[B, C, h, w]` of the same dtype.
     """
-    top, left, height, width = boxes.float().unbind(1)
-    with torch.autocast(images.device.type, enabled=False):  # bfloat16 weights would blur positions
-        rows = _resampling_matrix(top, height, images.shape[2], size[0], interpolation)  # [B, h, H]
-        columns = _resampling_matrix(left, width, images.shape[3], size[1], interpolation)  # [B, w, W]
-        resized = images.float() @ columns.mT.unsqueeze(1)  # [B, C, H, w]
-        return (rows.unsqueeze(1) @ resized).to(images.dtype)  # [B, C, h, w]
+    batch, _, height, width = images.shape
+    if quarters is None:
+        quarters = torch.zeros(batch, dtype=torch.long, device=images.device)
+    if mirror is None:
+        mirror = torch.zeros(batch, 2, dtype=torch.bool, device=images.device)
+    never_shrinks = size[0] >= height and size[1] >= width
+    sample = (
+        _sample if never_shrinks and interpolation == "bilinear" else partial(_resample, interpolation=interpolation)
+    )
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would blur positions
+        return sample(images.float(), boxes.float(), size, _turn_parts(quarters, mirror)).to(images.dtype)
 
 
 def turn(images: Tensor, quarters: Tensor, mirror: Tensor) -> Tensor:
@@ -169,14 +182,46 @@ def turn(images: Tensor, quarters: Tensor, mirror: Tensor) -> Tensor:
     Returns:
         The same pixels in another order, `[B, C, H, W]`.
     """
-
-    def where(condition: Tensor, changed: Tensor, unchanged: Tensor) -> Tensor:
-        return torch.where(condition.view(-1, 1, 1, 1), changed, unchanged)
-
+    swap, flip_rows, flip_columns = (part.view(-1, 1, 1, 1) for part in _turn_parts(quarters, mirror))
     if images.shape[2] == images.shape[3]:
-        images = where(quarters % 2 == 1, images.mT, images)
-    images = where(((quarters == 1) | (quarters == 2)) ^ mirror[:, 0], images.flip(2), images)
-    return where((quarters >= 2) ^ mirror[:, 1], images.flip(3), images)
+        images = torch.where(swap, images.mT, images)
+    images = torch.where(flip_rows, images.flip(2), images)
+    return torch.where(flip_columns, images.flip(3), images)
+
+
+Turn = tuple[Tensor, Tensor, Tensor]
+
+
+def _turn_parts(quarters: Tensor, mirror: Tensor) -> Turn:
+    """Every turn is: swap rows and columns, then flip the rows, then flip the columns; three masks `[B]`."""
+    return quarters % 2 == 1, ((quarters == 1) | (quarters == 2)) ^ mirror[:, 0], (quarters >= 2) ^ mirror[:, 1]
+
+
+def _sample(images: Tensor, boxes: Tensor, size: tuple[int, int], parts: Turn) -> Tensor:
+    """Crop, enlarge and turn in one pass: output coordinates in [-1, 1] map to input ones by one matrix per image."""
+    batch, bands, height, width = images.shape
+    top, left, box_height, box_width = boxes.unbind(1)
+    swap = parts[0].to(boxes.dtype)
+    down, right = (1 - 2 * part.to(boxes.dtype) for part in parts[1:])  # -1 where flipped
+    across, along = box_width / width, box_height / height
+    x = torch.stack([across * right * (1 - swap), across * down * swap, (2 * left + box_width) / width - 1], dim=1)
+    y = torch.stack([along * right * swap, along * down * (1 - swap), (2 * top + box_height) / height - 1], dim=1)
+    grid = functional.affine_grid(torch.stack([x, y], dim=1), [batch, bands, *size], align_corners=False)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _resample(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], parts: Turn, interpolation: Interpolation
+) -> Tensor:
+    """Crop, resize with antialiasing and turn: separable, so one small matrix per image and direction."""
+    swap, flip_rows, flip_columns = parts
+    top, left, height, width = boxes.unbind(1)
+    # Swapping comes first in a turn and last here, so in swapped images the two flips change places.
+    flip_y, flip_x = torch.where(swap, flip_columns, flip_rows), torch.where(swap, flip_rows, flip_columns)
+    rows = _resampling_matrix(top, height, images.shape[2], size[0], flip_y, interpolation)  # [B, h, H]
+    columns = _resampling_matrix(left, width, images.shape[3], size[1], flip_x, interpolation)  # [B, w, W]
+    resized = rows.unsqueeze(1) @ (images @ columns.mT.unsqueeze(1))  # [B, C, h, w]
+    return torch.where(swap.view(-1, 1, 1, 1), resized.mT, resized) if size[0] == size[1] else resized
 
 
 def _change_intensity(images: Tensor, strength: float) -> Tensor:
@@ -192,13 +237,14 @@ def _drop_bands(images: Tensor, probability: float) -> Tensor:
 
 
 def _resampling_matrix(
-    start: Tensor, length: Tensor, inputs: int, outputs: int, interpolation: Interpolation
+    start: Tensor, length: Tensor, inputs: int, outputs: int, flip: Tensor, interpolation: Interpolation
 ) -> Tensor:
     """Weights `[B, outputs, inputs]` that resample `[start, start + length)` `[B]`; every row sums to 1."""
     kernel, support = _KERNELS[interpolation]
     step = (length / outputs).view(-1, 1, 1)
     pixels = torch.arange(inputs, device=start.device) + 0.5
-    centres = start.view(-1, 1, 1) + (torch.arange(outputs, device=start.device).view(1, -1, 1) + 0.5) * step
+    offsets = (torch.arange(outputs, device=start.device).view(1, -1, 1) + 0.5) * step
+    centres = start.view(-1, 1, 1) + torch.where(flip.view(-1, 1, 1), length.view(-1, 1, 1) - offsets, offsets)
     distance = (pixels - centres).abs() / step.clamp(min=1.0)  # a shrunk crop averages over `step` input pixels
     weights = torch.where(distance < support, kernel(distance), 0.0)
     return weights / weights.sum(dim=2, keepdim=True)
