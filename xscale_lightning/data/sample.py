@@ -16,7 +16,8 @@ from xscale_lightning.data.scenes import SceneFolder
 FOLDER = Path(__file__).with_name("sample_imagery")
 CLASSES = ("open water", "bare or built", "wet ground", "dark vegetation", "bright vegetation", "mixed")
 MIXED = CLASSES.index("mixed")
-# Of the first 300, the deal in which all three splits of 64-pixel patches hold every class in the most similar shares.
+# Chosen among the first 300 deals: with patches of 64 pixels every split holds at least 6 % of each class, in similar
+# shares. It was chosen by the labels alone, never by the accuracy of a model.
 DEFAULT_SPLIT = 79
 _LABEL_BANDS = ("B03", "B04", "B08", "B11")
 
