@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
-    EmbeddingWriter,
     FeatureGeometry,
     OnlineKNN,
     ProgressBar,
@@ -20,6 +19,7 @@ from xscale_lightning.callbacks import (
     RunSummary,
     Throughput,
 )
+from xscale_lightning.callbacks.embeddings import EmbeddingWriter
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
 from xscale_lightning.data import folder, sample, scenes, torchgeo  # noqa: F401 (their class names become short names)
 from xscale_lightning.data.datamodule import XScaleDataModule

@@ -214,6 +214,7 @@ class SSLModule(LightningModule):
             UserError: the length of the run or its batch size is unknown.
         """
         config = self.optimizer_config
+        self.trainer.fit_loop.setup_data()  # with max_steps, Lightning has not opened the loader yet
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("the schedules need the length of the run: set trainer.max_epochs or trainer.max_steps.")

@@ -1,0 +1,46 @@
+"""`xscale predict`: the embeddings of a data set as one safetensors file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from safetensors.torch import save_file
+
+from xscale_lightning.callbacks.probe import run_folder
+
+
+class EmbeddingWriter(BasePredictionWriter):
+    """Writes `embeddings.safetensors` into the run folder: `embedding [N, D]` float32 and, with labels, `label`.
+
+    Rows are in the order of the data; with several processes each writes its own file, `embeddings_<rank>.safetensors`,
+    with the rows' numbers as `index`.
+
+    Args:
+        filename: name inside the run folder.
+    """
+
+    def __init__(self, filename: str = "embeddings.safetensors") -> None:
+        super().__init__(write_interval="epoch")
+        self.filename = filename
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        """Concatenate all batches and write the file whole or not at all."""
+        batches = [b for b in predictions if isinstance(b, dict)] if predictions else []
+        if not batches:
+            return
+        tensors = {key: torch.cat([b[key] for b in batches]).cpu().contiguous() for key in batches[0]}
+        path = Path(run_folder(trainer)) / self.filename
+        if trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
+            tensors["index"] = torch.tensor([i for group in batch_indices for batch in group for i in batch])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+        rank_zero_info(f"embeddings {list(tensors['embedding'].shape)} written to {path}")

@@ -1,0 +1,66 @@
+"""`xscale new-method NAME`: a working method, its configuration, its test and its packaging, in a folder of yours."""
+
+import argparse
+import keyword
+import os
+import re
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from xscale_lightning.errors import UserError
+
+# template -> path inside the new folder; {name} is the method's name
+FILES = {
+    "pyproject.toml.txt": "pyproject.toml",
+    "init.py.txt": "{name}/__init__.py",
+    "method.py.txt": "{name}/method.py",
+    "config.yaml.txt": "configs/{name}.yaml",
+    "test_method.py.txt": "tests/test_{name}.py",
+    "README.md.txt": "README.md",
+}
+
+
+def write_project(name: str, parent: Path) -> Path:
+    """Write the project `parent/name` whole or not at all.
+
+    Raises:
+        UserError: a name that Python cannot import, or a folder that exists or cannot be written.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name == "xscale_lightning":
+        raise UserError(f"NAME {name!r} is no module name: use lower-case letters, digits and _, such as my_method.")
+    target = parent / name
+    if target.exists():
+        raise UserError(f"folder {str(target)!r} exists already: choose another NAME or --into another folder.")
+    words = {"NAME": name, "CLASS": "".join(part.capitalize() for part in name.split("_"))}
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+    except OSError as error:
+        raise UserError(f"--into {str(parent)!r} cannot be written ({error.strerror}): choose another folder.") from error
+    try:
+        for template, path in FILES.items():
+            text = (files("xscale_lightning.commands") / "templates" / template).read_text(encoding="utf-8")
+            for word, value in words.items():
+                text = text.replace(f"@{word}@", value)
+            file = draft / path.format(name=name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        draft.chmod(0o755)
+        os.rename(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def main(argv: list[str]) -> None:
+    """Write the project and say what to do with it."""
+    parser = argparse.ArgumentParser(prog="xscale new-method", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="name of the method, such as my_method")
+    parser.add_argument("--into", default=".", help="folder in which the new folder NAME is made")
+    args = parser.parse_args(argv[1:])
+    target = write_project(args.name, Path(args.into))
+    print(f"wrote {target}: the method is {args.name}/method.py. Next:")
+    print(f"  cd {target} && pip install -e . && pytest")
+    print(f"  xscale fit --config configs/{args.name}.yaml")
