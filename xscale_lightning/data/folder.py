@@ -135,7 +135,7 @@ class ImageFolderData(WrappedData):
 
         Args:
             root: folder with one sub-folder of images per class, or a zip file of it.
-            train_list: text file with one image name per line, endings ignored; a path, or a name inside or beside root.
+            train_list: text file with one image name per line, endings ignored; a path, or a name in or beside root.
             val_list: the same for validation.
             test_list: the same for testing.
             holdout: share of every class for validation, and again for testing, where nothing else says the splits.
