@@ -28,8 +28,8 @@ BANDS = {
 }
 # Left, bottom, right, top in metres of EPSG:32618, all on the grid of the 60 m bands, so that 6x6 pixels of 10 m and
 # 3x3 pixels of 20 m fill each pixel of 60 m. Chosen by eye among the windows that fit in 8 MB, for its many kinds of
-# surface: fields, forest, settlements, salt marsh, creeks, a lagoon, a barrier beach and a corner of the open sea, which
-# fills half of the source. By NDWI > 0 (McFeeters 1996) 26 % of it is water or flooded.
+# surface: fields, forest, settlements, salt marsh, creeks, a lagoon, a barrier beach and a corner of the open sea
+# (which fills half of the source). By NDWI > 0 (McFeeters 1996) 26 % of it is water or flooded.
 WINDOW = (437940, 4168620, 448980, 4178220)
 LIMIT = 8_000_000
 PROFILE = {
