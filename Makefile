@@ -37,11 +37,13 @@ demo: $(STAMP) ## Pretrain on the embedded satellite imagery for some minutes, t
 test: $(STAMP) ## Run all tests (arguments for pytest: make test ARGS="-k bands")
 	@OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-lint: $(STAMP) ## ruff, formatting, types, direction of imports
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/basedpyright
-	@$(BIN)/lint-imports --no-logo
+lint: $(STAMP) ## ruff, formatting, types, direction of imports: all four run, any finding fails
+	@failed=0; \
+	$(BIN)/ruff check . || failed=1; \
+	$(BIN)/ruff format --check . || failed=1; \
+	$(BIN)/basedpyright || failed=1; \
+	$(BIN)/lint-imports --no-logo || failed=1; \
+	exit $$failed
 
 format: $(STAMP) ## Let ruff repair and format what it can
 	@$(BIN)/ruff check --fix .
