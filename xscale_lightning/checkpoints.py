@@ -68,7 +68,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {str(path)!r} holds more than weights and is not opened (it could run code).") from error
+        raise UserError(
+            f"checkpoint {str(path)!r} holds more than weights, so it is not opened: it could run code."
+        ) from error
     except Exception as error:  # torch raises many types for damaged archives
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
@@ -134,7 +136,7 @@ def load_method(path: str | Path) -> "SSLModule":
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install the package it is in.") from error
+        raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install its package.") from error
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
         raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
     parser = ArgumentParser(exit_on_error=False)

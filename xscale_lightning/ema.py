@@ -30,7 +30,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float, skip: Tensor | None = None) -> None:
-        """Move towards `student`; `skip` (a tensor, 1 when the optimizer skipped its step) cancels the move on the device.
+        """Move towards `student`; a `skip` tensor of 1 (the optimizer skipped its step) cancels the move on the device.
 
         Parameters move in one fused operation; buffers (running statistics) are copied.
         """

@@ -11,19 +11,33 @@ class UserError(ValueError):
     """
 
 
+def find_user_error(error: BaseException) -> UserError | None:
+    """The innermost `UserError` among an exception and those it came from."""
+    found, seen, waiting = None, set(), [error]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:  # parsers re-raise errors inside one another: the chain can be a ring
+            continue
+        seen.add(id(current))
+        if isinstance(current, UserError):
+            found = current
+        waiting += [e for e in (current.__context__, current.__cause__) if e is not None]
+    return found
+
+
 def describe(error: BaseException) -> str:
     """One or two lines that say what went wrong.
 
     A `UserError` raised in a worker process arrives with that process's traceback in its text: only its own last lines
     are told. Exceptions that are not ours are named, because they may be a fault of the program.
     """
-    text = str(error).strip()
+    ours = find_user_error(error)
+    text = str(ours or error).strip()
     if "Original Traceback" in text:
-        name = type(error).__name__
-        text = re.split(rf"^(?:[\w.]*\.)?{name}: ", text, flags=re.MULTILINE)[-1].strip()
-    if isinstance(error, UserError):
+        text = re.split(r"^(?:[\w.]*\.)?UserError: ", text, flags=re.MULTILINE)[-1].strip()
+    if ours is not None:
         return text
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(no message)"]
     if type(error).__name__ == "MisconfigurationException":
         return lines[0]
-    return f"{type(error).__name__}: {lines[0]}\nIf this is not your input's fault, --debug shows the traceback to report."
+    return f"{type(error).__name__}: {lines[0]}\nIf your input is not at fault, --debug shows the traceback to report."

@@ -52,7 +52,7 @@ class OptimizerConfig:
             raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}.")
 
     def resolve_lr(self, global_batch: int) -> float:
-        """Peak learning rate for `global_batch` samples per optimizer step. Source: Goyal et al. 2017, linear scaling."""
+        """Peak learning rate for `global_batch` samples per step. Source: Goyal et al. 2017, linear scaling."""
         return self.lr * global_batch / 256 if self.scale_lr else self.lr
 
 
@@ -61,7 +61,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Trainable parameters in groups of equal decay and learning-rate scale.
 
-    Vectors and scalars (biases, norms) are not decayed; class and mask tokens and tables are, as in MAE's published code.
+    Vectors and scalars (biases, norms) are not decayed; class and mask tokens and tables are, as in the published
+    code of MAE.
 
     Args:
         module: whose parameters to group.

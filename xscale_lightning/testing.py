@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -160,7 +160,7 @@ def check_save_and_load(make: Make, size: tuple[int, int]) -> None:
 
 
 def check_resume(make: Make, size: tuple[int, int]) -> None:
-    """Stop after 3 of 6 steps, resume: schedules, losses and final weights equal those of the run that never stopped."""
+    """Stopped after 3 of 6 steps and resumed: schedules, losses and weights of the run that never stopped."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "half.ckpt"
         straight, log, _ = _train(make, size, save_at=(3, path))
@@ -229,9 +229,9 @@ def _dataset(bands: Bands, size: tuple[int, int], length: int) -> SyntheticDatas
 
 
 class _PerSampleNoise(TorchFunctionMode, AbstractContextManager):
-    """Makes random tensors depend on (number of the draw, sample), so that a sample's draws do not depend on its batch."""
+    """Makes random tensors depend on (number of the draw, sample), so a sample's draws are the same in any batch."""
 
-    FUNCTIONS = {torch.rand, torch.randn, torch.rand_like, torch.randn_like}
+    FUNCTIONS: ClassVar = {torch.rand, torch.randn, torch.rand_like, torch.randn_like}
 
     def __init__(self, start: int) -> None:
         super().__init__()

@@ -35,7 +35,11 @@ class EmbeddingWriter(BasePredictionWriter):
         if not batches:
             return
         tensors = {key: torch.cat([b[key] for b in batches]).cpu().contiguous() for key in batches[0]}
-        path = Path(run_folder(trainer)) / self.filename
+        folder = run_folder(trainer)
+        if folder is None:
+            rank_zero_info("embeddings are not written: without a logger there is no run folder.")
+            return
+        path = Path(folder) / self.filename
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
             tensors["index"] = torch.tensor([i for group in batch_indices for batch in group for i in batch])

@@ -32,7 +32,8 @@ def devices() -> str:
 
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"no GPU; CPU {platform.processor() or platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+        cpu = platform.processor() or platform.machine()
+        return f"no GPU; CPU {cpu}, {cores} cores, {torch.get_num_threads()} threads"
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in properties)
 

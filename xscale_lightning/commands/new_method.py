@@ -38,7 +38,7 @@ def write_project(name: str, parent: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
     except OSError as error:
-        raise UserError(f"--into {str(parent)!r} cannot be written ({error.strerror}): choose another folder.") from error
+        raise UserError(f"--into {str(parent)!r} cannot be written ({error.strerror}): choose another.") from error
     try:
         for template, path in FILES.items():
             text = (files("xscale_lightning.commands") / "templates" / template).read_text(encoding="utf-8")

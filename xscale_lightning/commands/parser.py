@@ -1,15 +1,27 @@
-"""The argument parser: names of methods for class paths, and errors of one or two lines."""
+"""The argument parser: announced names for class paths, no abbreviations, and errors of one or two lines."""
 
+import dataclasses
 import difflib
+import inspect
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from xscale_lightning.errors import UserError
+from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.datamodule import XScaleDataModule
+from xscale_lightning.data.views import Views
+from xscale_lightning.errors import UserError, find_user_error
+from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.methods.discovery import class_path, load_method_class, method_entries
+from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.optim import OptimizerConfig
+
+BASES: dict[str, type] = {"model": SSLModule, "data": XScaleDataModule}
 
 
 def load_yaml(text: str) -> Any:
@@ -39,34 +51,8 @@ def resolve_method_names(argv: list[str]) -> list[str]:
     return out
 
 
-def concise(message: str) -> str:
-    """The part of a parser's message that a user needs: which key, which value, what to do."""
-    message = re.sub(r"\s+", " ", message)
-    found = re.search(r"Key '([^']+)' is not expected", message) or re.search(
-        r"(?:Unrecognized arguments|No action for key|Option '?)[:\s\"']*([\w.\-]+)", message
-    )
-    if found:
-        return found.group(1)
-    return message
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors are `UserError`s."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message, shortened, as a `UserError`."""
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(message) from ex
-
-
 def import_methods() -> None:
-    """Import every announced method, so that its class name alone is a valid `class_path`; broken plug-ins only warn."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
+    """Import every announced method, so that its class name is a valid `class_path`; broken plug-ins only warn."""
     for name in method_entries():
         try:
             load_method_class(name)
@@ -74,4 +60,62 @@ def import_methods() -> None:
             rank_zero_warn(str(error))
 
 
-__all__ = ["Parser", "concise", "difflib", "import_methods", "resolve_method_names"]
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are short `UserError`s and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """`--trainer.max_epoch` must be an error, not a guess."""
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the user's error inside `ex`, or the parser's message made short, as a `UserError`."""
+        ours = find_user_error(ex) if ex is not None else None
+        raise ours or UserError(concise(message, sorted({dest.rsplit(".", 1)[-1] for dest in self._known()}))) from ex
+
+    def _known(self) -> Iterator[str]:
+        yield from (action.dest for action in self._actions)
+        for parser in self._subcommands_action.choices.values() if self._subcommands_action else ():
+            yield from (action.dest for action in parser._actions)
+
+
+def concise(message: str, options: list[str]) -> str:
+    """What a user needs of a parser's message: which key, which value, what to do.
+
+    Args:
+        message: the parser's own, of any length.
+        options: names of options known to the parser, for "did you mean".
+    """
+    flat = re.sub(r"\s+", " ", message).strip()
+    if found := re.search(r"(?:unrecognized arguments: -*|Option '|does not accept option ')([\w.\-]+)", flat, re.I):
+        name = found.group(1)
+        near = difflib.get_close_matches(name.rsplit(".", 1)[-1], options + list(_arguments()), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`--help` and --print_config show what there is."
+        return f"unknown option {name!r}: {hint}"
+    if found := re.search(r"Parser key \"(model|data|knn\.data)\".*Given value: (\S+)$", flat):
+        key, value = found.groups()
+        names = [cls.__name__ for cls in _subclasses(BASES[key.rsplit(".", 1)[-1]])]
+        near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}: {value!r} is no class that can be imported: {hint}Known are {', '.join(names)}."
+    if found := re.search(r"Parser key \"([\w.]+)\": (.*)", flat):
+        text = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", found.group(2))
+        return f"{found.group(1)}: {text[:240]}"
+    if found := re.search(r"the following arguments are required: (.*)", flat):
+        keys = ", ".join(key.strip().split(".", 1)[-1] for key in found.group(1).split(","))
+        return f"missing: {keys}. Give a configuration, for example --config configs/mae.yaml."
+    return flat[:300]
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _arguments() -> Iterator[str]:
+    """Names of all constructor arguments of the classes a configuration can name."""
+    for base in BASES.values():
+        for cls in (base, *_subclasses(base)):
+            yield from inspect.signature(cls).parameters
+    for config in (BackboneConfig, OptimizerConfig, Views, BandSelection):
+        yield from (field.name for field in dataclasses.fields(config))

@@ -1,15 +1,21 @@
 """`xscale fit | validate | test | predict`: LightningCLI over our methods, data modules and default callbacks."""
 
+import logging
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+import xscale_lightning.data.folder
+import xscale_lightning.data.sample
+import xscale_lightning.data.synthetic
+import xscale_lightning.data.torchgeo  # noqa: F401 (the class names of these become short names)
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
     FeatureGeometry,
@@ -21,7 +27,6 @@ from xscale_lightning.callbacks import (
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
-from xscale_lightning.data import folder, sample, scenes, torchgeo  # noqa: F401 (their class names become short names)
 from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.base import SSLModule
@@ -73,10 +78,20 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another run before anything is written."""
+        """Refuse data or a checkpoint that the model cannot take, before anything is written."""
+        if not self.datamodule.downloads:
+            self.datamodule.setup(self.subcommand)  # Lightning makes the run folder before it opens the data
+        self.model.check_data(self.datamodule, fitting=self.subcommand == "fit")
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoints.check_resume(path, self.model)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Open checkpoints without running code, unless the user says otherwise."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("weights_only", True) is None:
+            kwargs["weights_only"] = True
+        return kwargs
 
     def _logger(self) -> TensorBoardLogger:
         parent = Path(self._get(self.config_init, "output"))
@@ -102,11 +117,13 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--output {str(folder)!r} cannot be written ({error.strerror}): choose another folder.") from error
+        raise UserError(f"--output {str(folder)!r} cannot be written ({error.strerror}): choose another.") from error
 
 
 def main(argv: list[str]) -> None:
     """Run one of the four verbs."""
+    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
     import_methods()
     args = resolve_method_names(argv)
     sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv

@@ -98,6 +98,7 @@ class XScaleDataModule(LightningDataModule):
         num_classes: number of classes, or None without labels.
         multilabel: whether `label` is `[B, K]` with one column per class.
         gsd: metres per pixel of samples that do not bring their own, or None.
+        downloads: whether `prepare_data` fetches files, so that nothing can be opened before it.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class XScaleDataModule(LightningDataModule):
         self.num_classes: int | None = None
         self.multilabel = False
         self.gsd: float | None = self.bands.gsd
+        self.downloads = False
         self._datasets: dict[str, Dataset[Any] | None] = {}
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:

@@ -18,7 +18,9 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
     The label is which of `classes` spatial frequencies the field has, so an encoder can tell the classes apart.
     """
 
-    def __init__(self, means: Tensor, stds: Tensor, size: tuple[int, int], length: int, classes: int, seed: int) -> None:
+    def __init__(
+        self, means: Tensor, stds: Tensor, size: tuple[int, int], length: int, classes: int, seed: int
+    ) -> None:
         """Remember the recipe; nothing is stored."""
         self.means, self.stds = means.view(-1, 1, 1), stds.view(-1, 1, 1)
         self.size, self.length, self.classes, self.seed = size, length, classes, seed

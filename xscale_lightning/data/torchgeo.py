@@ -78,6 +78,7 @@ class TorchGeoData(WrappedData):
         if not 0 <= holdout < 1:
             raise UserError(f"data.holdout: {holdout} is not possible; needs 0 <= holdout < 1.")
         self._root, self._download = root, download
+        self.downloads = download
         self._dataset, self._datamodule = dataset, datamodule
         self._split_argument, self._splits, self._holdout = split_argument, splits, holdout
         self._samplers: dict[str, dict[str, Any]] = {}

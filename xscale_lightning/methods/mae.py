@@ -1,4 +1,4 @@
-"""Masked autoencoder: He, Chen, Xie, Li, Dollar, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+"""Masked autoencoder: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 
 Hide a random 75 % of the patches, encode only the visible ones, put mask tokens in the gaps, decode, and compare the
 hidden patches with the image:
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xscale_lightning.losses import normalize_patches, patch_mse
-from xscale_lightning.masking import check_ratio, random_mask, to_boolean
+from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_boolean
 from xscale_lightning.methods.base import Batch, Reconstruction, SSLModule, StepOutput
 from xscale_lightning.models.decoders import MAEDecoder
 from xscale_lightning.models.tokenizers import patchify, unpatchify
@@ -53,6 +53,11 @@ class MAE(SSLModule):
         self.patch_size = self.backbone.patch_size
         values = self.patch_size**2 * len(self.bands)
         self.decoder = MAEDecoder(self.backbone.num_features, values, decoder_dim, decoder_depth, decoder_heads)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse also a size at which the mask leaves no patch visible."""
+        super().check_size(height, width)
+        keep_count(height * width // self.patch_size**2, self.mask_ratio)
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss on the hidden patches of `batch["image"] [B, C, H, W]`."""

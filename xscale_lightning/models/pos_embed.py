@@ -48,7 +48,7 @@ def sincos_2d(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a spatial table `[1, h * w, D]` from grid `old` to grid `new`, bicubic with antialiasing -> `[1, H * W, D]`."""
+    """Resize a spatial table `[1, h * w, D]` from grid `old` to grid `new`, bicubic, antialiased -> `[1, H * W, D]`."""
     if old == new:
         return table
     grid = table.reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
@@ -96,7 +96,7 @@ class GSDPositions(nn.Module):
         if gsd is None:
             raise UserError("position 'gsd' needs batch['gsd'] (metres per pixel): let the data module deliver it.")
         scale = (gsd.double() / self.reference_gsd).unsqueeze(-1)  # [B, 1]
-        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid)  # [B, H], [B, W]
+        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid)
         return sincos_2d(self.dim, rows, columns).to(like)
 
 

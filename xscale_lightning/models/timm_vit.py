@@ -54,7 +54,7 @@ class TimmViT(Encoder):
         self.pool_mode: Pool = pool
 
     def embed(self, images: Tensor, gsd: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
-        """timm's patch embedding, positions and prefix tokens; `gsd` is ignored."""
+        """Patch embedding, positions and prefix tokens; `gsd` is ignored."""
         if images.shape[1] != self.in_chans:
             raise UserError(f"the backbone was built for {self.in_chans} bands and got images of {images.shape[1]}.")
         grid = self.grid(images)

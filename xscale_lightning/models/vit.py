@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         return tokens.x[:, 0] if self.pool_mode == "cls" else tokens.patches.mean(1)
 
     def layer_index(self, name: str) -> int:
-        """Depth of parameter `name`: 0 for the embedding, i + 1 for block i, depth + 1 for what follows (layer decay)."""
+        """Depth of a parameter for layer decay: 0 for the embedding, i + 1 for block i, depth + 1 for what follows."""
         if "blocks." in name:
             return int(name.split("blocks.")[1].split(".")[0]) + 1
         return 0 if any(part in name for part in ("patch_embed", "positions", "pos_embed", "token")) else self.depth + 1

@@ -1,0 +1,56 @@
+"""Looking at a method without disturbing it: evaluation mode, seeds, floating-point operations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from xscale_lightning.models.attention import set_backend
+
+if TYPE_CHECKING:
+    from xscale_lightning.methods.base import SSLModule
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def mix_seed(*parts: int) -> int:
+    """A well-mixed 63-bit seed of several integers (splitmix64's finaliser, folded over them)."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part + 1)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 27
+    return state >> 1
+
+
+def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
+    """Floating-point operations of `step` forward and backward on a prepared batch.
+
+    Weights, gradients, buffers and random numbers stay as they are. Matrix products count, element-wise work does not.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    devices = [module.device] if module.device.type == "cuda" else []
+    set_backend(module, "math")  # its matrix products are all counted
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(module.step(sample).loss, parameters, allow_unused=True)
+    finally:
+        set_backend(module, module.attention)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return counter.get_total_flops()

@@ -1,0 +1,116 @@
+"""Optimizer, schedules and target networks of a method, all functions of the optimizer step."""
+
+import math
+import os
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from xscale_lightning.ema import EMA
+from xscale_lightning.errors import UserError
+from xscale_lightning.methods.measure import mix_seed
+from xscale_lightning.models.attention import Backend, choose_backend
+from xscale_lightning.models.vit import Encoder
+from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_adamw, parameter_groups
+from xscale_lightning.schedules import Schedule
+
+
+class ScheduledModule(LightningModule):
+    """A LightningModule with AdamW whose numbers follow the optimizer step, and with EMA targets.
+
+    Args:
+        optimizer: AdamW and its schedules.
+    """
+
+    backbone: Encoder
+    attention: Backend
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self.plan: Plan | None = None
+        self._schedules: dict[str, Schedule] = {}
+        self._targets: list[tuple[nn.Module, EMA]] = []
+
+    def make_target(self, student: nn.Module, momentum: Schedule) -> EMA:
+        """A target network that follows `student`; the base moves it after every real optimizer step."""
+        target = EMA(student)
+        self._targets.append((student, target))
+        self.declare("ema_momentum", momentum)
+        return target
+
+    def declare(self, name: str, schedule: Schedule) -> None:
+        """Declare a float that changes with the optimizer step; logged as `schedule/<name>`."""
+        self._schedules[name] = schedule
+
+    def value(self, name: str) -> float:
+        """Present value of a declared float."""
+        total = self.plan.total_steps if self.plan else 1
+        return self._schedules[name](self._optimizer_step, total)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW whose groups follow the plan of the run; prints and logs the resolved learning rate.
+
+        Raises:
+            UserError: the length of the run or its batch size is unknown.
+        """
+        config = self.optimizer_config
+        self.trainer.fit_loop.setup_data()  # with max_steps, Lightning has not opened the loader yet
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("the schedules need the length of the run: set trainer.max_epochs or trainer.max_steps.")
+        batch = self._samples_per_step()
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup = min(round(config.warmup_epochs * steps_per_epoch), int(total))
+        self.plan = Plan(int(total), warmup, config.resolve_lr(batch), config)
+        scaled = f"{config.lr:g} x {batch} / 256 = " if config.scale_lr else ""
+        dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
+        backend, why = choose_backend(self.device, dtype, 1)
+        if self.attention != "auto":
+            backend, why = self.attention, "set by model.attention"
+        rank_zero_info(
+            f"learning rate {scaled}{self.plan.peak_lr:.4g} ({batch} samples per step), {int(total)} steps, "
+            f"{warmup} of warm-up\nattention: {backend} ({why})"
+        )
+        groups = parameter_groups(self, config.layer_decay, self.backbone.layer_index, self.backbone.depth)
+        optimizer = build_adamw(groups, config)
+        optimizer.register_step_pre_hook(lambda opt, *_: apply_plan(opt, self._run_plan, self._optimizer_step))
+        optimizer.register_step_post_hook(lambda opt, *_: self._move_targets(getattr(opt, "found_inf", None)))
+        return optimizer
+
+    @property
+    def _optimizer_step(self) -> int:
+        return self.trainer.global_step if self._trainer is not None else 0
+
+    @property
+    def _run_plan(self) -> Plan:
+        assert self.plan is not None
+        return self.plan
+
+    def _scheduled(self) -> dict[str, float]:
+        step = self._optimizer_step
+        values = {"lr": self._run_plan.lr(step), "weight_decay": self._run_plan.weight_decay(step)}
+        return {**values, **{name: self.value(name) for name in self._schedules}}
+
+    def _move_targets(self, skipped: Tensor | None) -> None:
+        for student, target in self._targets:
+            target.update(student, self.value("ema_momentum"), skipped)
+
+    def _batch_size(self) -> int | None:
+        loader = self.trainer.train_dataloader
+        size = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+        return int(size) if size else None
+
+    def _samples_per_step(self) -> int:
+        size = self._batch_size()
+        if size is None and self.optimizer_config.scale_lr:
+            raise UserError("the loader does not say its batch size: set model.optimizer.scale_lr to false.")
+        return (size or 1) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _seed(self, batch: int) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(mix_seed(seed, self.global_rank, batch))
