@@ -1,0 +1,141 @@
+"""Two processes on CPU (gloo): the gradients of one process with the same global batch, and a run from the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in a process of its own, which forks the two of the distributed run before torch has started any thread.
+GRADIENTS = """
+import sys
+import torch
+from lightning.pytorch import Callback, Trainer, LightningDataModule
+from torch.utils.data import DataLoader, Subset
+from xscale_lightning.data.bands import generic
+from xscale_lightning.data.datamodule import Collate
+from xscale_lightning.data.synthetic import SyntheticDataset
+from xscale_lightning.methods.mae import MAE
+from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.testing import NO_VIEWS, _PerSampleNoise
+
+torch.set_num_threads(1)
+BATCH = 8
+
+class SameMasks(MAE):
+    # A sample's mask depends on the sample alone, so that both runs see the same ones.
+    def step(self, batch):
+        with _PerSampleNoise(self.global_rank * BATCH // self.trainer.world_size):
+            return super().step(batch)
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        share = BATCH // self.trainer.world_size
+        first = self.trainer.global_rank * share
+        data = SyntheticDataset(torch.zeros(3), torch.ones(3), (32, 48), BATCH, 4, 0)
+        return DataLoader(Subset(data, range(first, first + share)), batch_size=share, collate_fn=Collate(10.0))
+
+class Save(Callback):
+    def __init__(self, path):
+        self.path = path
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.is_global_zero:
+            gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
+            torch.save({"gradients": gradients, "lr": module.plan.peak_lr, "world": trainer.world_size}, self.path)
+
+def train(path, **options):
+    torch.manual_seed(0)
+    backbone = BackboneConfig("vit_tiny_patch8", depth=2)
+    module = SameMasks(
+        bands=generic(3), backbone=backbone, views=NO_VIEWS, decoder_dim=32, decoder_depth=1, decoder_heads=4
+    ).double()
+    Trainer(
+        max_steps=1, accelerator="cpu", use_distributed_sampler=False, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Save(path)], **options
+    ).fit(module, datamodule=Data())
+
+if __name__ == "__main__":
+    train(sys.argv[1] + "/two.pt", devices=2, strategy="ddp_fork")
+    train(sys.argv[1] + "/one.pt", devices=1)
+"""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without anything that would steer a distributed run: Lightning picks a free port."""
+    steering = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "PL_GLOBAL_SEED")
+    kept = {name: value for name, value in os.environ.items() if name not in steering}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MPLBACKEND": "Agg"}
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def processes_that_name(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if text in command and int(entry.name) != os.getpid():
+            found.append(command)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forked")
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    (tmp_path / "train.py").write_text(GRADIENTS)
+    run("train.py", str(tmp_path), cwd=tmp_path)
+    two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("two.pt", "one.pt"))
+    assert (two["world"], one["world"]) == (2, 1)
+    assert two["lr"] == one["lr"] == pytest.approx(1.5e-4 * 8 / 256)
+    assert two["gradients"].keys() == one["gradients"].keys() and len(one["gradients"]) > 30
+    for name, gradient in one["gradients"].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(
+            two["gradients"][name], gradient, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: mae
+  init_args:
+    decoder_dim: 16
+    decoder_depth: 1
+    decoder_heads: 2
+    backbone: {name: vit_tiny_patch8, depth: 1}
+    views: {size: null, scale: [1.0, 1.0], ratio: [1.0, 1.0]}
+data:
+  class_path: SampleScene
+  init_args: {image_size: 32, batch_size: 4, samples_per_epoch: 64, num_workers: 0}
+trainer: {max_steps: 2, accelerator: cpu, devices: 2, strategy: ddp, limit_val_batches: 1}
+knn: {max_train: 8, max_test: 4}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked up in /proc")
+def test_a_run_of_two_processes_from_the_command_line(tmp_path):
+    (tmp_path / "ddp.yaml").write_text(CONFIG)
+    output = tmp_path / "runs"
+    text = run("-m", "xscale_lightning.cli", "fit", "--config", "ddp.yaml", "--output", str(output), cwd=tmp_path)
+    assert "8 samples per step" in text and "2 steps" in text
+    folders = list((output / "mae").iterdir())
+    assert len(folders) == 1, "every process made a run folder of its own"
+    assert {"config.yaml", "results.json", "checkpoints", "pictures"} <= {path.name for path in folders[0].iterdir()}
+    checkpoint = torch.load(folders[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert not processes_that_name(str(output))
