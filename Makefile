@@ -25,7 +25,7 @@ export UV_HTTP_TIMEOUT := 600
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Make .venv with the locked versions (a few GB; under a minute on a fast line)
+install: $(STAMP) ## Make .venv with the locked versions (8 GB; one to three minutes)
 
 demo: $(STAMP) ## Pretrain on the embedded satellite imagery for some minutes, then say where pictures and numbers are
 	@mkdir -p runs && touch runs/.demo
