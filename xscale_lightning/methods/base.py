@@ -165,9 +165,13 @@ class SSLModule(ScheduledModule):
         """
         check_divides(self.backbone.patch_size, height, width)
 
+    def on_train_epoch_start(self) -> None:
+        """Make the order of the epoch's samples a function of (seed, rank, epoch)."""
+        self._seed("epoch", self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One training batch; every random draw is a function of (seed, rank, number of the batch)."""
-        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        self._seed("batch", self.trainer.fit_loop.epoch_loop.total_batch_idx)
         prepared = self.prepare(batch, augment=True)
         output = self.step(prepared)
         if self._flops is None:

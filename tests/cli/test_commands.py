@@ -1,0 +1,65 @@
+"""The plain commands, and how fast the light ones answer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from xscale_lightning import __version__, cli
+from xscale_lightning.commands.parser import concise
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_light_answers_import_nothing_heavy(argument):
+    code = (
+        "import sys; from xscale_lightning.cli import main; "
+        f"assert main(['{argument}']) == 0; "
+        "heavy = {'torch', 'lightning', 'timm', 'numpy', 'jsonargparse', 'rich'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert __version__ in done.stdout
+
+
+def test_help_names_every_verb(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in cli.COMMANDS)
+
+
+def test_methods_table(capsys):
+    assert cli.main(["methods"]) == 0
+    assert "mae" in capsys.readouterr().out
+
+
+def test_backbones_table(capsys):
+    assert cli.main(["backbones", "--bands", "13"]) == 0
+    shown = capsys.readouterr().out
+    assert "vit_huge_patch14" in shown and "timm:NAME" in shown
+
+
+def test_doctor(capsys, tmp_path):
+    assert cli.main(["doctor", "--output", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ok ") == 5 and "this machine can train" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_fails_on_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["doctor", "--output", str(tmp_path / "file" / "runs")]) == 1
+    assert "FAILED  run folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "short"),
+    [
+        ("Option 'mask_ration' is not accepted", "unknown option 'mask_ration': did you mean 'mask_ratio'?"),
+        ("unrecognized arguments: --backbone.nmae=x", "unknown option 'backbone.nmae': did you mean 'name'?"),
+        ("the following arguments are required: fit.data, fit.model", "missing: data, model."),
+        ("Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x", "a.b: Expected a float. Got value: x"),
+    ],
+)
+def test_parser_messages_are_made_short(message, short):
+    assert concise(message, ["mask_ratio", "name"]).startswith(short)
