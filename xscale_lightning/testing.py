@@ -245,7 +245,9 @@ class _PerSampleNoise(TorchFunctionMode, AbstractContextManager):
         self.draws += 1
         uniform = func in (torch.rand, torch.rand_like)
         for row, values in enumerate(out if out.ndim else out.unsqueeze(0)):
-            seed = self.draws * 10_007 + (self.start + row if out.ndim else 0)  # one number for the batch is no sample's
+            seed = self.draws * 10_007 + (
+                self.start + row if out.ndim else 0
+            )  # one number for the batch is no sample's
             generator = torch.Generator(out.device).manual_seed(seed)
             single = torch.empty(values.shape, device=out.device)  # float32: each type has a stream of its own
             values.copy_(single.uniform_(generator=generator) if uniform else single.normal_(generator=generator))
