@@ -16,7 +16,10 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
 BANDS = generic(3).with_statistics([5.0, 6.0, 7.0], [2.0, 3.0, 4.0])
-BATCH = {"image": 6 + 3 * torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)), "gsd": torch.ones(2) * 10}
+BATCH = {
+    "image": 6 + 3 * torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)),
+    "gsd": torch.ones(2) * 10,
+}
 
 
 class OtherMethod(MAE):
@@ -145,7 +148,10 @@ def test_the_same_run_may_be_resumed(saved):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: make(OtherMethod), r"holds xscale_lightning\.methods\.mae\.MAE and the configuration asks for .*OtherMethod"),
+        (
+            lambda: make(OtherMethod),
+            r"holds xscale_lightning\.methods\.mae\.MAE and the configuration asks for .*OtherMethod",
+        ),
         (lambda: make(depth=2), r"of another architecture: tensor 'backbone\.blocks\.1\..*' is missing from it"),
         (lambda: make(decoder_dim=32), r"of another architecture: '.*' is \[.*\] there and \[.*\] here"),
         (lambda: make(bands=generic(4)), "was trained on other bands"),

@@ -33,7 +33,12 @@ def test_vectors_are_not_decayed_and_tokens_and_tables_are(mae):
     settings = settings_of(parameter_groups(mae))
     for name, parameter in mae.named_parameters():
         assert settings[name] == (parameter.ndim > 1, 1.0), name
-    for name in ("backbone.cls_token", "decoder.mask_token", "backbone.positions.table", "backbone.patch_embed.proj.weight"):
+    for name in (
+        "backbone.cls_token",
+        "decoder.mask_token",
+        "backbone.positions.table",
+        "backbone.patch_embed.proj.weight",
+    ):
         assert settings[name][0], name
     for name in ("backbone.norm.weight", "backbone.blocks.0.attn.qkv.bias", "decoder.pred.bias"):
         assert not settings[name][0], name
@@ -51,7 +56,9 @@ def test_layer_decay_scales_by_depth(mae):
     assert scale["backbone.cls_token"] == scale["backbone.patch_embed.proj.weight"] == 0.5**4
     assert scale["backbone.positions.table"] == 0.5**4
     assert [scale[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in range(3)] == [0.5**3, 0.5**2, 0.5]
-    assert scale["backbone.norm.bias"] == scale["decoder.blocks.0.mlp.fc1.weight"] == scale["decoder.pred.weight"] == 1.0
+    assert (
+        scale["backbone.norm.bias"] == scale["decoder.blocks.0.mlp.fc1.weight"] == scale["decoder.pred.weight"] == 1.0
+    )
 
 
 def test_learning_rate_is_per_256_samples():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from xscale_lightning import testing
-from xscale_lightning.data.bands import Bands, generic
+from xscale_lightning.data.bands import Bands
 from xscale_lightning.methods.base import SSLModule, StepOutput
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.schedules import Schedule

@@ -124,7 +124,13 @@ def test_a_step_that_the_gradient_scaler_skips_moves_no_target():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_optimizer_uses_the_plan_at_every_step(accumulate):
     config = OptimizerConfig(
-        lr=0.2, warmup_lr=1e-4, min_lr=1e-3, warmup_epochs=0.5, weight_decay=0.1, final_weight_decay=0.3, layer_decay=0.5
+        lr=0.2,
+        warmup_lr=1e-4,
+        min_lr=1e-3,
+        warmup_epochs=0.5,
+        weight_decay=0.1,
+        final_weight_decay=0.3,
+        layer_decay=0.5,
     )
     module = make(optimizer=config)
     data = SyntheticData(RGB, 16, 16, length=32, batch_size=4)
@@ -191,7 +197,9 @@ def test_features_of_raw_images_are_those_of_normalised_ones():
 
 
 def test_features_have_no_dropout_and_draw_nothing():
-    module = make(MAE, backbone=BackboneConfig("vit_tiny_patch8", depth=3, drop_path=0.9), decoder_dim=16, decoder_heads=2)
+    module = make(
+        MAE, backbone=BackboneConfig("vit_tiny_patch8", depth=3, drop_path=0.9), decoder_dim=16, decoder_heads=2
+    )
     module.train()
     batch = {"image": torch.randn(4, 3, 16, 16), "gsd": torch.ones(4)}
     state = torch.get_rng_state()
@@ -261,8 +269,14 @@ def test_byte_statistics_on_sixteen_bit_data_stop_the_run():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (lambda: SyntheticData(BandSelection("sentinel2_rgb", ["B02", "B03"]), 16, 16, batch_size=4), "the model's bands are not"),
-        (lambda: SyntheticData(BandSelection("naip", ["R", "G", "B"]), 16, 16, batch_size=4), "the model's bands are not"),
+        (
+            lambda: SyntheticData(BandSelection("sentinel2_rgb", ["B02", "B03"]), 16, 16, batch_size=4),
+            "the model's bands are not",
+        ),
+        (
+            lambda: SyntheticData(BandSelection("naip", ["R", "G", "B"]), 16, 16, batch_size=4),
+            "the model's bands are not",
+        ),
         (lambda: SyntheticData(RGB, 20, 16, batch_size=4), "patch size 8 does not divide the image of 20 x 16"),
     ],
 )

@@ -51,7 +51,12 @@ def positions(dim: int) -> Tensor:
         for column in range(GRID[1]):
             for k in range(quarter):
                 omega = 1 / 10000 ** (k / quarter)
-                values = (math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega))
+                values = (
+                    math.sin(column * omega),
+                    math.cos(column * omega),
+                    math.sin(row * omega),
+                    math.cos(row * omega),
+                )
                 for part, value in enumerate(values):
                     table[row * GRID[1] + column, part * quarter + k] = value
     return table

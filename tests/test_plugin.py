@@ -1,0 +1,111 @@
+"""`xscale new-method`: the project it writes works outside the package, installed as any other distribution."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from xscale_lightning import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_RUN = [
+    *("--data.batch_size", "4", "--data.samples_per_epoch", "16", "--data.num_workers", "0"),
+    *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+    *("--trainer.limit_val_batches", "1", "--knn.max_train", "8", "--knn.max_test", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    assert cli.main(["new-method", "my_method", "--into", str(folder)]) == 0
+    return folder / "my_method"
+
+
+@pytest.fixture(scope="module")
+def site(project) -> Path:
+    """A folder of installed packages with the project in it, as an installer would leave it; no network, no build."""
+    declared = tomllib.loads((project / "pyproject.toml").read_text())
+    name, version = declared["project"]["name"], declared["project"]["version"]
+    folder = project.parent / "site"
+    for package in declared["tool"]["setuptools"]["packages"]:
+        shutil.copytree(project / package, folder / package)
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, entries in declared["project"]["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(site: Path, cwd: Path, *command: str) -> str:
+    path = os.pathsep.join(filter(None, [str(site), str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def checkpoint_of(output: Path, method: str) -> dict:
+    (folder,) = (output / method).iterdir()
+    assert (folder / "results.json").exists()
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_the_project_is_whole_and_has_no_placeholder_left(project):
+    files = {path.relative_to(project).as_posix(): path for path in project.rglob("*") if path.is_file()}
+    assert set(files) == {
+        "pyproject.toml",
+        "README.md",
+        "my_method/__init__.py",
+        "my_method/method.py",
+        "configs/my_method.yaml",
+        "tests/test_my_method.py",
+    }
+    for name, path in files.items():
+        assert "@" not in path.read_text(), name
+    assert len(files["my_method/method.py"].read_text().splitlines()) < 100
+
+
+@pytest.mark.slow
+def test_its_own_test_passes(project, site):
+    text = run(site, project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+    assert "1 passed" in text
+
+
+@pytest.mark.slow
+def test_it_trains_by_class_path(project, site, tmp_path):
+    options = ["--config", "configs/my_method.yaml", "--data.image_size", "32", "--model.backbone.depth", "1"]
+    run(site, project, "-m", "xscale_lightning.cli", "fit", *options, *TINY_RUN, "--output", str(tmp_path))
+    checkpoint = checkpoint_of(tmp_path, "method")
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["xscale"]["class_path"] == "my_method.method.MyMethod"
+    assert checkpoint["xscale"]["init_args"]["noise"] == 0.5
+
+
+@pytest.mark.slow
+def test_it_trains_by_its_entry_point_name(site, tmp_path):
+    options = ["--model", "my_method", "--model.noise", "0.25", "--data", "SampleScene", "--data.image_size", "32"]
+    small = [
+        "--model.backbone.name",
+        "vit_tiny_patch8",
+        "--model.backbone.depth",
+        "1",
+        "--model.views.scale",
+        "[1.0,1.0]",
+    ]
+    command = ["-m", "xscale_lightning.cli", "fit", *options, *small, *TINY_RUN, "--output", str(tmp_path / "runs")]
+    run(site, tmp_path, *command)
+    checkpoint = checkpoint_of(tmp_path / "runs", "method")
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["xscale"]["class_path"] == "my_method.method.MyMethod"
+    assert checkpoint["xscale"]["init_args"]["noise"] == 0.25
