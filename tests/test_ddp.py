@@ -1,4 +1,4 @@
-"""Two processes on CPU (gloo): the gradients of one process with the same global batch, and a run from the command line."""
+"""Two processes on CPU (gloo): the gradients of one process with the same global batch; a run by command line."""
 
 import os
 import subprocess

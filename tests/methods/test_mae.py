@@ -219,5 +219,5 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_a_ratio_that_hides_all_is_refused_at_the_first_step():
-    with pytest.raises(UserError, match="mask_ratio 0.9 leaves none of the 6 tokens visible"):
+    with pytest.raises(UserError, match=r"mask_ratio 0.9 leaves none of the 6 tokens visible"):
         make(mask_ratio=0.9).step({"image": pictures()})
