@@ -34,10 +34,12 @@ class EMA(nn.Module):
 
         Parameters move in one fused operation; buffers (running statistics) are copied.
         """
-        ours, theirs = list(self.module.parameters()), list(student.parameters())
-        weight: float | Tensor = 1.0 - momentum
-        if skip is not None:
-            weight = weight * (1.0 - skip.to(ours[0].device).flatten()[0])
-        torch._foreach_lerp_(ours, theirs, weight)
+        ours: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(student.parameters())
+        if skip is None:
+            torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
+        else:  # known on the device only
+            weight = (1.0 - momentum) * (1.0 - skip.to(ours[0].device).flatten()[0])
+            torch._foreach_lerp_(ours, theirs, [weight.to(tensor.dtype) for tensor in ours])
         for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(other)

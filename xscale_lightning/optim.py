@@ -41,13 +41,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("lr", 0, math.inf), ("weight_decay", 0, math.inf)):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "final_weight_decay", "eps"):
             value = getattr(self, name)
-            if not low <= value < high:
-                raise UserError(f"optimizer.{name} must be at least {low} and below {high}, got {value}.")
-        for name in ("min_lr", "warmup_lr", "warmup_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}.")
+            if value is not None and not 0 <= value < math.inf:  # NaN fails as well
+                raise UserError(f"optimizer.{name} must be finite and not negative, got {value}.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}.")
 

@@ -1,7 +1,7 @@
 """Every registered backbone keeps the contract."""
 
-import timm
 import pytest
+import timm
 import torch
 
 from xscale_lightning.errors import UserError
@@ -31,7 +31,8 @@ def test_shapes_at_any_size_and_band_count(name, in_chans):
 def test_sizes_are_timms(size):
     with torch.device("meta"):
         ours = create_backbone(f"vit_{size}_patch16", 3, position="learned")
-        theirs = timm.create_model(f"vit_{size}_patch16_224" if size != "huge" else "vit_huge_patch14_224", num_classes=0)
+        name = "vit_huge_patch14_224" if size == "huge" else f"vit_{size}_patch16_224"
+        theirs = timm.create_model(name, num_classes=0)
     blocks = {n: p.shape for n, p in ours.named_parameters() if n.startswith("blocks")}
     assert blocks == {n: p.shape for n, p in theirs.named_parameters() if n.startswith("blocks")}
 
@@ -144,6 +145,7 @@ def test_patchify_orders_and_inverse():
     images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     patches = patchify(images, 2)
     assert torch.equal(unpatchify(patches, 2, (2, 3)), images)
-    assert torch.equal(patches[0, 4].reshape(2, 2, 3), images[0, :, 2:4, 2:4].permute(1, 2, 0))  # (row, column, channel)
+    row_column_channel = images[0, :, 2:4, 2:4].permute(1, 2, 0)
+    assert torch.equal(patches[0, 4].reshape(2, 2, 3), row_column_channel)
     kernel_order = patchify(images, 2, channels_last=False)
     assert torch.equal(kernel_order[0, 4].reshape(3, 2, 2), images[0, :, 2:4, 2:4])

@@ -25,7 +25,7 @@ class MAE(SSLModule):
     """Masked autoencoder with an asymmetric decoder.
 
     Args:
-        mask_ratio: share of the patches hidden from the encoder, in [0, 1).
+        mask_ratio: share of the patches hidden from the encoder, in [0, 1); at 0 the loss takes every patch.
         norm_pix_loss: standardise the target per patch; better features in the paper (its table 1d), but the decoder
             then no longer knows the colours, so pictures borrow mean and deviation from the original.
         decoder_dim: width of the decoder.
@@ -65,6 +65,8 @@ class MAE(SSLModule):
         _, height, width = self.backbone.grid(images)
         noise = torch.rand(len(images), height * width, device=images.device)
         kept, hidden = random_mask(noise, self.mask_ratio)  # [B, K], [B, M]
+        if not self.mask_ratio:  # nothing hidden: a plain autoencoder, whose loss takes every patch
+            hidden = kept
         return self.loss(images, kept, hidden, batch.get("gsd"))
 
     def loss(self, images: Tensor, kept: Tensor, hidden: Tensor, gsd: Tensor | None = None) -> StepOutput:

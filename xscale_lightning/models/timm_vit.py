@@ -41,15 +41,17 @@ class TimmViT(Encoder):
                 f"backbone 'timm:{name}' is a {type(model).__name__}, not a plain Vision Transformer: "
                 "choose one of timm.list_models('vit_*')."
             )
-        for block in model.blocks:
-            if type(block.attn) is TimmAttention and block.attn.gate is None:
-                block.attn = Attention.adopt(block.attn)
+        blocks = list(model.blocks.children())
+        for block in blocks:
+            attention = getattr(block, "attn", None)
+            if type(attention) is TimmAttention and attention.gate is None:
+                block.attn = Attention.adopt(attention)
         if pool == "cls" and not model.has_class_token:
             raise UserError(f"backbone 'timm:{name}' has no class token: set pool to 'mean'.")
         self.model = model
         self.in_chans = in_chans
         self.patch_size = model.patch_embed.patch_size[0]
-        self.num_features, self.depth = model.embed_dim, len(model.blocks)
+        self.num_features, self.depth = model.embed_dim, len(blocks)
         self.num_prefix = model.num_prefix_tokens
         self.pool_mode: Pool = pool
 
