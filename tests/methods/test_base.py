@@ -1,6 +1,7 @@
 """`SSLModule` through a real Trainer: what every method inherits."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from xscale_lightning.data.bands import BandSelection, generic
+from xscale_lightning.data.sample import SampleScene
 from xscale_lightning.data.synthetic import SyntheticData
 from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
@@ -68,9 +70,9 @@ class Recorder(Callback):
             self.students.append(pl_module.head.weight.detach().clone())
 
 
-def fit(module: SSLModule, *callbacks: Callback, data: SyntheticData | None = None, **options: Any) -> Recorder:
+def fit(module: SSLModule, *callbacks: Callback, data: Any = None, **options: Any) -> Recorder:
     data = data or SyntheticData(RGB, 16, 16, length=16, batch_size=4)
-    recorder = Recorder()
+    recorder, ckpt_path = Recorder(), options.pop("ckpt_path", None)
     if not {"max_steps", "max_epochs"} & set(options):
         options["max_epochs"] = 1
     quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
@@ -79,7 +81,7 @@ def fit(module: SSLModule, *callbacks: Callback, data: SyntheticData | None = No
         callbacks=[*callbacks, recorder],
         **dict.fromkeys(quiet, False),
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return recorder
 
 
@@ -388,3 +390,38 @@ def test_the_checkpoint_is_plain_and_says_what_it_is(tmp_path):
 
     assert types(saved) <= {dict, list, str, int, float, bool, type(None)}
     assert set(checkpoint["state_dict"]) == {name for name, _ in module.named_parameters()}
+
+
+class Seen(Callback):
+    """Which images every epoch saw, by their sum; optionally a checkpoint after the first epoch."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.sums: dict[int, list[float]] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.sums.setdefault(trainer.current_epoch, []).append(batch["image"].double().sum().item())
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self.path and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [SyntheticData, SampleScene])
+def test_a_resumed_run_sees_the_images_of_the_run_that_never_stopped(kind, workers, tmp_path):
+    """Also with worker processes, which read ahead before a resumed run knows its epoch."""
+    size = {"image_height": 16, "image_width": 16, "length": 12}
+    if kind is SampleScene:
+        size = {"image_size": 16, "samples_per_epoch": 12}
+
+    def run(path: Path | None = None, **options: Any) -> dict[int, list[float]]:
+        torch.manual_seed(7)
+        seen, data = Seen(path), kind(RGB, batch_size=4, num_workers=workers, **size)
+        fit(small_mae(), seen, data=data, max_epochs=3, **options)
+        return seen.sums
+
+    straight = run(tmp_path / "first.ckpt")
+    resumed = run(ckpt_path=tmp_path / "first.ckpt")
+    assert resumed == {epoch: straight[epoch] for epoch in (1, 2)}
+    assert straight[0] != straight[1] != straight[2]
