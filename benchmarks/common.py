@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -293,12 +294,13 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
-    """Floating-point operations per second of a square matrix product, the best of several."""
-    side = side or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = min(clock(lambda: a @ b, device) for _ in range(12))
-    return 2 * side**3 / best
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a square matrix product, the best of several sizes and runs."""
+    best = 0.0
+    for side in (4096, 8192) if device.type == "cuda" else (768, 1536):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        best = max(best, *(2 * side**3 / clock(partial(torch.mm, a, b), device) for _ in range(20)))
+    return best
 
 
 def peak_memory(script: str, arguments: list[str]) -> int:
@@ -311,9 +313,16 @@ def peak_memory(script: str, arguments: list[str]) -> int:
 
 
 def own_peak_memory() -> int:
-    """Largest resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident memory of this process in bytes.
+
+    On Linux getrusage's figure begins with what the parent had before it started this program; /proc does not.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def cpu_name() -> str:
