@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from xscale_lightning.data.blocks import OriginCells
+from xscale_lightning.data.datamodule import replicas_and_rank
 from xscale_lightning.data.degrade import degrade
 from xscale_lightning.data.geotiff import Grid, RasterReader, Source, UnreadableFile
 from xscale_lightning.errors import UserError
@@ -250,9 +251,7 @@ class EpochSampler(DistributedSampler[dict[str, Tensor]]):
 
     def __init__(self, dataset: PatchDataset) -> None:
         """Take rank and number of processes from torch.distributed where it runs."""
-        running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        replicas = torch.distributed.get_world_size() if running else 1
-        rank = torch.distributed.get_rank() if running else 0
+        replicas, rank = replicas_and_rank()
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:

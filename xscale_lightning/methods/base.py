@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from xscale_lightning import checkpoints
 from xscale_lightning.data.bands import Bands, generic
@@ -165,13 +166,19 @@ class SSLModule(ScheduledModule):
         """
         check_divides(self.backbone.patch_size, height, width)
 
-    def on_train_epoch_start(self) -> None:
-        """Make the order of the epoch's samples a function of (seed, rank, epoch)."""
-        self._seed("epoch", self.current_epoch)
+    def on_train_start(self) -> None:
+        """Let a resumed run's loader start in the epoch of its checkpoint: it was opened before that was known."""
+        fetcher = self.trainer.fit_loop._data_fetcher
+        if self.current_epoch and fetcher is not None:
+            for loader in fetcher.combined_loader.flattened:
+                sampler = getattr(loader, "sampler", None)
+                if isinstance(sampler, DistributedSampler):
+                    sampler.set_epoch(self.current_epoch)
+            iter(fetcher)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One training batch; every random draw is a function of (seed, rank, number of the batch)."""
-        self._seed("batch", self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         prepared = self.prepare(batch, augment=True)
         output = self.step(prepared)
         if self._flops is None:

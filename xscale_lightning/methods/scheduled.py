@@ -2,7 +2,6 @@
 
 import math
 import os
-from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -112,6 +111,6 @@ class ScheduledModule(LightningModule):
             raise UserError("the loader does not say its batch size: set model.optimizer.scale_lr to false.")
         return (size or 1) * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def _seed(self, stream: Literal["batch", "epoch"], number: int) -> None:
+    def _seed(self, batch: int) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(mix_seed(seed, self.global_rank, 1 + (stream == "epoch"), number))
+        torch.manual_seed(mix_seed(seed, self.global_rank, batch))
