@@ -17,6 +17,7 @@ COMMANDS = {
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),
     "doctor": ("xscale_lightning.commands.doctor", "check this machine: versions, devices, attention, two steps"),
+    "schema": ("xscale_lightning.commands.schema", "write the JSON schema of configurations, for editors"),
     "new-method": ("xscale_lightning.commands.new_method", "write a working method, config and test into your folder"),
 }
 

@@ -1,7 +1,6 @@
 """A tiny method and tiny data that fulfil the contracts the callbacks rely on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,7 @@ from torch.utils.data import Dataset
 
 from xscale_lightning.data.bands import Bands, BandSelection
 from xscale_lightning.data.datamodule import XScaleDataModule
-
-
-@dataclass
-class Reconstruction:
-    target: Tensor
-    prediction: Tensor
-    visible: Tensor
-
-
-@dataclass
-class StepOutput:
-    loss: Tensor
-    logs: dict[str, Tensor]
-    reconstruction: Callable[[], Reconstruction] | None = None
+from xscale_lightning.methods.output import Reconstruction, StepOutput
 
 
 class TinyMethod(LightningModule):

@@ -1,5 +1,6 @@
 """The plain commands, and how fast the light ones answer."""
 
+import json
 import subprocess
 import sys
 
@@ -50,6 +51,20 @@ def test_doctor_fails_on_a_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert cli.main(["doctor", "--output", str(tmp_path / "file" / "runs")]) == 1
     assert "FAILED  run folder" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_schema_for_editors(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["xscale"])
+    file = tmp_path / "schema.json"
+    assert cli.main(["schema", str(file)]) == 0
+    schema = json.loads(file.read_text())
+    properties = schema["properties"]
+    assert {"model", "data", "trainer", "knn", "seed_everything"} <= set(properties)
+    assert all(name in json.dumps(schema) for name in ("mask_ratio", "samples_per_epoch", "max_epochs"))
+    assert list(tmp_path.iterdir()) == [file]
+    assert cli.main(["schema", str(tmp_path / "missing" / "schema.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_the_resolved_learning_rate_is_said(caplog):
     with caplog.at_level("INFO"):
         fit(make(optimizer=OptimizerConfig(lr=0.32)), accumulate_grad_batches=2)
     assert "learning rate 0.32 x 8 / 256 = 0.01 (8 samples per step), 2 steps" in caplog.text
-    assert "attention: sdpa" in caplog.text
+    assert "tokens: sdpa" in caplog.text
 
 
 def test_max_steps_without_epochs_is_the_length_of_the_schedules():

@@ -1,5 +1,7 @@
 """Online kNN: how well do nearest neighbours in feature space share labels?"""
 
+import math
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -104,4 +106,7 @@ class OnlineKNN(ProbeCallback):
         if train_labels is None or labels is None:
             raise UserError(f"OnlineKNN.data: {data.name} gives batches without label; give labelled data.")
         scores = knn_evaluate(train, train_labels, features, labels, self.k, self.temperature)
-        return Measurement({f"knn/{data.name}/{name}": value for name, value in scores.items()}, split)
+        metrics = {f"knn/{data.name}/{name}": value for name, value in scores.items()}
+        # The binomial error of a share of correct answers; mAP has no such closed form.
+        errors = {n: math.sqrt(v * (1 - v) / len(features)) for n, v in metrics.items() if n.endswith("/top1")}
+        return Measurement(metrics, split, errors=errors)

@@ -61,8 +61,13 @@ class ReconstructionPictures(ProbeCallback):
         parts = self._reconstruct(trainer, pl_module)
         if parts is None:
             return None
-        target, prediction, visible = parts
+        target, prediction, visible, borrows = parts
         if bool(visible.all()):
+            return None
+        if trainer.is_global_zero:
+            self._draw(trainer, pl_module, target, prediction, visible)
+        if borrows:
+            self._explain("the target is normalised per patch, so pictures borrow from the original; no PSNR.")
             return None
         scale = percentile_range(target)
         metric = "reconstruction/psnr"
@@ -71,16 +76,14 @@ class ReconstructionPictures(ProbeCallback):
             "bilinear inpainting": masked_psnr(target, bilinear_inpainting(target, visible), visible, scale),
         }
         metrics = {metric: masked_psnr(target, prediction, visible, scale)}
-        if trainer.is_global_zero:
-            self._draw(trainer, pl_module, target, prediction, visible)
         return Measurement(metrics, evaluation_split(trainer), {metric: baselines})
 
-    def _reconstruct(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Target, prediction and visible pixels, each `[N, C, H, W]`; None without data or reconstruction."""
+    def _reconstruct(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor, Tensor, bool] | None:
+        """Target, prediction, visible pixels `[N, C, H, W]`, and whether they borrow; None without reconstruction."""
         loader = held_out_loader(trainer)
         if loader is None:
             return None
-        targets, predictions, masks = [], [], []
+        targets, predictions, masks, borrows = [], [], [], False
         count = max(self.num_images, self.num_score_images)
         for i, raw in enumerate(sample_batches(loader, count, self.seed)):
             batch = to_device(trainer, pl_module, raw)
@@ -92,21 +95,27 @@ class ReconstructionPictures(ProbeCallback):
             targets.append(result.target.float())
             predictions.append(result.prediction.float())
             masks.append(result.visible.expand_as(result.target))
-        return (torch.cat(targets), torch.cat(predictions), torch.cat(masks)) if targets else None
+            borrows = borrows or result.borrows
+        return (torch.cat(targets), torch.cat(predictions), torch.cat(masks), borrows) if targets else None
+
+    def _explain(self, text: str) -> None:
+        if not self._explained:
+            rank_zero_info(f"ReconstructionPictures: {text}")
+            self._explained = True
 
     def _draw(
         self, trainer: Trainer, pl_module: LightningModule, target: Tensor, prediction: Tensor, visible: Tensor
     ) -> None:
         folder = run_folder(trainer)
         if folder is None:
-            if not self._explained:
-                rank_zero_info("ReconstructionPictures: no logger, so no run folder; no pictures are written.")
-                self._explained = True
+            self._explain("no logger, so no run folder; no pictures are written.")
             return
         rows = slice(0, self.num_images)
         target, prediction, visible = target[rows], prediction[rows], visible[rows]
         channels = shown_channels(pl_module.bands, self.false_colour)  # type: ignore[arg-type]
-        limits = stretch_limits(target)
+        # One stretch for all rows: colours stay comparable, and a uniform scene does not turn garish.
+        together = target.transpose(0, 1).flatten(1).unsqueeze(0).unsqueeze(2)  # [1, C, 1, N * H * W]
+        limits = stretch_limits(together).expand(len(target), -1, -1)
         columns = [
             composite(target, channels, limits),
             composite(target, channels, limits, visible),

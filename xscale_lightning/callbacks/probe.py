@@ -28,6 +28,8 @@ class Measurement:
     """What they were measured on: "train", "val" or "test"."""
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """For a metric, what simple methods reach on the same data: `{"reconstruction/psnr": {"mean fill": 17.1}}`."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Standard error of a metric, where it is known."""
 
 
 @runtime_checkable

@@ -59,6 +59,7 @@ class RunSummary(Callback):
             record.last, record.split = value, measurement.split
             record.last_step = self._step(trainer)
             record.baselines = dict(measurement.baselines.get(name, {}))
+            record.error = measurement.errors.get(name, 0.0)
 
     def step_zero(self, name: str) -> float | None:
         """Step-0 value of a metric, None if it was not measured."""

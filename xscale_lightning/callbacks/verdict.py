@@ -21,6 +21,8 @@ class Record:
     """What the newest value was measured on."""
     baselines: dict[str, float] = field(default_factory=dict)
     """What simple methods reach on the same data."""
+    error: float = 0.0
+    """Standard error of the newest value; 0 if it is not known."""
 
     def best_baseline(self) -> tuple[str, float] | None:
         """Name and value of the strongest base line (all of ours are better when higher)."""
@@ -59,8 +61,13 @@ def verdict(records: Mapping[str, Record]) -> str:
             "Nothing here measures whether it learned: give OnlineKNN.data labelled data, or use a method that "
             "reconstructs pixels with ReconstructionPictures."
         )
-    good = [finding for finding, _ in findings]
-    lead = "It learned" if all(good) else "Mixed" if any(good) else "It has not learned, as far as these figures show"
+    decided = [finding for finding, _ in findings if finding is not None]
+    if not decided:
+        lead = "These figures do not show whether it learned"
+    elif all(decided):
+        lead = "It learned"
+    else:
+        lead = "Mixed" if any(decided) else "It has not learned, as far as these figures show"
     return f"{lead}: " + "; ".join(text for _, text in findings) + "."
 
 
@@ -75,12 +82,15 @@ def _reconstruction(record: Record) -> tuple[bool, str]:
     return better, f"{text} {'beats' if better else 'does not beat'} {rival[0]} {rival[1]:.1f} dB (step 0: {zero})"
 
 
-def _knn(name: str, record: Record) -> tuple[bool, str]:
+def _knn(name: str, record: Record) -> tuple[bool | None, str]:
+    """Better or not than at step 0; None where the difference is smaller than two standard errors."""
     data, metric = name.removeprefix("knn/").rsplit("/", 1)
     text = f"kNN {'top-1' if metric == 'top1' else 'mAP'} on {data} {record.last:.3f}"
     if record.step_0 is None:
         return False, f"{text} (step 0: not measured)"
     if record.step_0_split != record.split:
         return False, f"{text} on {record.split} cannot be compared with step 0 ({record.step_0_text()})"
+    if 0 < abs(record.last - record.step_0) < 2 * record.error:
+        return None, f"{text} is within the noise (± {2 * record.error:.3f}) of its step-0 value {record.step_0:.3f}"
     better = record.last > record.step_0
     return better, f"{text} is {'above' if better else 'not above'} its step-0 value {record.step_0:.3f}"

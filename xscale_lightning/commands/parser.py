@@ -43,9 +43,9 @@ def resolve_method_names(argv: list[str]) -> list[str]:
     """Replace `--model NAME`, `--model=NAME` and `--model.class_path NAME` by the announced class path."""
     out = list(argv)
     for i, word in enumerate(out):
-        if word in ("--model", "--model.class_path") and i + 1 < len(out):
+        if word in ("--model", "--model.class_path", "--model.help") and i + 1 < len(out):
             out[i + 1] = class_path(out[i + 1])
-        for option in ("--model=", "--model.class_path="):
+        for option in ("--model=", "--model.class_path=", "--model.help="):
             if word.startswith(option):
                 out[i] = option + class_path(word[len(option) :])
     return out

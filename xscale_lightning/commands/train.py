@@ -127,7 +127,12 @@ def main(argv: list[str]) -> None:
     import_methods()
     args = resolve_method_names(argv)
     sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv
-    CLI(
+    build(CLI)
+
+
+def build(cls: type[CLI]) -> None:
+    """Make (and with that run) a command line of our classes."""
+    cls(
         SSLModule,
         XScaleDataModule,
         subclass_mode_model=True,

@@ -157,6 +157,7 @@ class SSLModule(ScheduledModule):
         height, width = (size, size) if isinstance(size, int) else size or (0, 0)
         if height and width:
             self.check_size(height, width)
+            self.num_tokens = height * width // self.backbone.patch_size**2 + self.backbone.num_prefix
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse an image size in pixels; methods add their own conditions, such as a mask that leaves no token.

@@ -79,12 +79,11 @@ class MAE(SSLModule):
         loss = patch_mse(prediction, normalize_patches(wanted) if self.norm_pix_loss else wanted)
 
         def reconstruct() -> Reconstruction:
-            pixels = prediction.to(target.dtype)
+            pixels = self.decoder(tokens).to(target.dtype)  # the whole grid, visible patches too
             if self.norm_pix_loss:
-                pixels = pixels * (wanted.var(-1, keepdim=True) + 1e-6).sqrt() + wanted.mean(-1, keepdim=True)
-            grid = tokens.grid[1:]
+                pixels = pixels * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
             seen = to_boolean(kept, target.shape[1]).unsqueeze(-1).expand_as(target)
-            filled = target.scatter(1, index, pixels)
-            return Reconstruction(images, *(unpatchify(x, self.patch_size, grid) for x in (filled, seen)))
+            whole = (unpatchify(x, self.patch_size, tokens.grid[1:]) for x in (pixels, seen))
+            return Reconstruction(images, *whole, borrows=self.norm_pix_loss)
 
         return StepOutput(loss, {"reconstruction": loss}, reconstruct)

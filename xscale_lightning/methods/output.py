@@ -14,11 +14,14 @@ class Reconstruction:
         target: images `[B, C, H, W]`.
         prediction: images `[B, C, H, W]`; only hidden pixels need to be meaningful.
         visible: booleans `[B, C, H, W]`, true where the encoder saw the pixel.
+        borrows: the prediction uses statistics of the hidden pixels (a target normalised per patch), so it makes a
+            picture but no fair figure.
     """
 
     target: Tensor
     prediction: Tensor
     visible: Tensor
+    borrows: bool = False
 
 
 @dataclass

@@ -26,6 +26,7 @@ class ScheduledModule(LightningModule):
 
     backbone: Encoder
     attention: Backend
+    num_tokens: int = 1
 
     def __init__(self, optimizer: OptimizerConfig) -> None:
         super().__init__()
@@ -67,12 +68,12 @@ class ScheduledModule(LightningModule):
         self.plan = Plan(int(total), warmup, config.resolve_lr(batch), config)
         scaled = f"{config.lr:g} x {batch} / 256 = " if config.scale_lr else ""
         dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
-        backend, why = choose_backend(self.device, dtype, 1)
+        backend, why = choose_backend(self.device, dtype, self.num_tokens)
         if self.attention != "auto":
             backend, why = self.attention, "set by model.attention"
         rank_zero_info(
             f"learning rate {scaled}{self.plan.peak_lr:.4g} ({batch} samples per step), {int(total)} steps, "
-            f"{warmup} of warm-up\nattention: {backend} ({why})"
+            f"{warmup} of warm-up\nattention for whole images of {self.num_tokens} tokens: {backend} ({why})"
         )
         groups = parameter_groups(self, config.layer_decay, self.backbone.layer_index, self.backbone.depth)
         optimizer = build_adamw(groups, config)

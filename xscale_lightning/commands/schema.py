@@ -1,0 +1,62 @@
+"""`xscale schema`: the JSON schema of `xscale fit` configurations, with which editors complete and check YAML."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse._completions_jsonschema as completions
+from lightning.pytorch.cli import ArgsType
+
+from xscale_lightning.commands import train
+from xscale_lightning.commands.parser import Parser, import_methods
+from xscale_lightning.errors import UserError
+
+
+class SchemaCLI(train.CLI):
+    """The command line of `fit`, stopped once its parser is built."""
+
+    schema: dict[str, Any]
+
+    def parse_arguments(self, parser: Parser, args: ArgsType) -> None:  # type: ignore[override]
+        """Take the schema of the `fit` parser instead of parsing."""
+        self.schema = completions.config_jsonschema(self._subcommand_parsers["fit"])
+        raise _Built(self.schema)
+
+
+class _Built(Exception):
+    """Carries the schema out of the constructor that would go on to train."""
+
+
+def fit_schema() -> dict[str, Any]:
+    """JSON schema of a `fit` configuration, plug-ins included."""
+    import_methods()
+    listed = completions.get_all_subclass_paths
+    # `type` itself is among the classes a callback may be; its __subclasses__ cannot be listed.
+    completions.get_all_subclass_paths = lambda cls, **options: [] if issubclass(cls, type) else listed(cls, **options)
+    try:
+        train.build(SchemaCLI)
+    except _Built as built:
+        return built.args[0]
+    finally:
+        completions.get_all_subclass_paths = listed
+    raise UserError("the installed jsonargparse gives no schema: install the version in requirements.lock.")
+
+
+def main(argv: list[str]) -> None:
+    """Write the schema whole or not at all."""
+    parser = argparse.ArgumentParser(prog="xscale schema", description=__doc__)
+    parser.add_argument("file", help="where to write it, for example xscale.schema.json")
+    file = Path(parser.parse_args(argv[1:]).file)
+    sys.argv = [sys.argv[0]]
+    text = json.dumps(fit_schema())
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"FILE {str(file)!r} cannot be written ({error.strerror}): choose another.") from error
+    print(f"wrote {file} ({len(text) / 1e6:.1f} MB). Put this line on top of a configuration:")
+    print(f"# yaml-language-server: $schema={file.absolute().as_uri()}")
