@@ -117,3 +117,13 @@ def test_json_is_strict_and_whole(tmp_path: Path) -> None:
         write_json({"a": object()}, path)
     assert json.loads(path.read_text()) == {"a": {"b": None, "c": 1.5}}
     assert os.listdir(path.parent) == ["x.json"]
+
+
+def test_a_knn_difference_inside_its_noise_decides_nothing() -> None:
+    def record(last: float, error: float) -> dict[str, Record]:
+        return {"knn/sample/top1": Record(step_0=0.70, step_0_split="val", last=last, error=error)}
+
+    noisy = verdict(record(0.712, 0.05))
+    assert noisy.startswith("These figures do not show whether it learned") and "within the noise (± 0.100)" in noisy
+    assert verdict(record(0.712, 0.001)).startswith("It learned")
+    assert verdict(record(0.60, 0.001)).startswith("It has not learned")
