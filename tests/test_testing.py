@@ -92,6 +92,39 @@ class Counting(Sound):
         return StepOutput(super().step(batch).loss * (1 + 0.1 * self.steps))
 
 
+class Targeted(Sound):
+    """Sound, with a target network."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.target = self.make_target(self.head, Schedule("linear", 0.9, 1.0))
+
+
+class Still(Targeted):
+    def _move_targets(self, skipped: torch.Tensor | None) -> None:
+        """The target never moves."""
+
+
+class Hasty(Targeted):
+    """Its target moves with every micro-batch, too."""
+
+    def step(self, batch: dict) -> StepOutput:
+        self.target.update(self.head, 0.9)
+        return super().step(batch)
+
+
+class CountingValue(Sound):
+    """Its declared float depends on how often it was asked for."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.asked = 0
+
+    def value(self, name: str) -> float:
+        self.asked += 1
+        return super().value(name) + self.asked
+
+
 def maker(cls: type[SSLModule]) -> testing.Make:
     def make(bands: Bands) -> SSLModule:
         torch.manual_seed(0)
@@ -105,6 +138,9 @@ BROKEN = [
     (Unseeded, testing.check_seeded, "same seed gave losses"),
     (Summed, testing.check_accumulation_gradients, "accumulating 4 x 2 samples changes the gradient"),
     (Rounded, testing.check_precisions, "float32 loss .* is far from float64's"),
+    (Still, testing.check_accumulation_schedules, "targets moved"),
+    (Hasty, testing.check_accumulation_schedules, "targets moved"),
+    (CountingValue, testing.check_accumulation_schedules, "changes the schedules"),
     (Forgetful, testing.check_save_and_load, "features differ after save and load"),
     (Counting, testing.check_resume, "losses after resuming differ"),
 ]
@@ -113,5 +149,6 @@ BROKEN = [
 @pytest.mark.parametrize(("cls", "check", "message"), BROKEN)
 def test_a_broken_method_is_noticed_and_a_sound_one_passes(cls, check, message):
     check(maker(Sound), SIZE)
+    check(maker(Targeted), SIZE)
     with pytest.raises(AssertionError, match=message):
         check(maker(cls), SIZE)

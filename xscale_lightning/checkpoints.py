@@ -6,7 +6,8 @@ Files from others are opened with `weights_only=True`: loading never runs code.
 import dataclasses
 import importlib
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
 
 KEY = "xscale"
+# Arguments that may change when a run is resumed. Rates and weights (floats, such as a mask ratio) may, too; names,
+# sizes and switches may not: heads or positions, for example, leave no trace in the shapes of the weights.
+FREE = ("optimizer", "views", "attention")
 
 
 def plain(value: Any) -> Any:
@@ -65,6 +69,8 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a .ckpt file.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"checkpoint {str(path)!r} is damaged or no checkpoint: torch writes another format.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -106,6 +112,19 @@ def check_resume(path: str | Path, module: "SSLModule") -> None:
     difference = Bands.from_dict(saved["bands"]).difference(module.bands)
     if difference:
         raise UserError(f"--ckpt_path {str(path)!r} was trained on other bands: {difference}.")
+    for there, here in zip(Bands.from_dict(saved["bands"]).bands, module.bands.bands, strict=True):
+        if (there.mean, there.std) != (here.mean, here.std):
+            raise UserError(
+                f"--ckpt_path {str(path)!r} was trained with mean {there.mean:g} and std {there.std:g} for band "
+                f"{there.name}, and the configuration has {here.mean:g} and {here.std:g}: give data.bands the former."
+            )
+    there, here = (dict(_flat(args["init_args"])) for args in (saved, now))
+    for name in there.keys() | here.keys():
+        old, new = there.get(name), here.get(name)
+        if old != new and name.split(".")[0] not in FREE and not (isinstance(old, float) and isinstance(new, float)):
+            raise UserError(
+                f"--ckpt_path {str(path)!r} is of another architecture: {name} is {old} there and {new} here."
+            )
     state, ours = checkpoint["state_dict"], module.state_dict()
     for name in sorted(set(state) ^ set(ours)):
         side = "only in the checkpoint" if name in state else "missing from it"
@@ -116,6 +135,14 @@ def check_resume(path: str | Path, module: "SSLModule") -> None:
                 f"--ckpt_path {str(path)!r} is of another architecture: {name!r} is {list(tensor.shape)} there and "
                 f"{list(ours[name].shape)} here."
             )
+
+
+def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def load_method(path: str | Path) -> "SSLModule":

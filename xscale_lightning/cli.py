@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from xscale_lightning import __version__
-from xscale_lightning.errors import UserError, describe
+from xscale_lightning.errors import describe, is_users
 
 # verb -> (module with `main(argv) -> int | None`, one line of help)
 COMMANDS = {
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"xscale: error: {describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if is_users(error) else 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ class EMA(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.moves = 0  # how often `update` was called in this process; the contract suite counts
 
     def train(self, mode: bool = True) -> "EMA":
         """Stay in evaluation mode: a target has no dropout and no stochastic depth."""
@@ -34,6 +35,7 @@ class EMA(nn.Module):
 
         Parameters move in one fused operation; buffers (running statistics) are copied.
         """
+        self.moves += 1
         ours: list[Tensor] = list(self.module.parameters())
         theirs: list[Tensor] = list(student.parameters())
         if skip is None:

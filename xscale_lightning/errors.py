@@ -25,6 +25,12 @@ def find_user_error(error: BaseException) -> UserError | None:
     return found
 
 
+def is_users(error: BaseException) -> bool:
+    """Whether the user's input is at fault, as far as the exception's type tells."""
+    foreign = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("yaml")
+    return foreign or find_user_error(error) is not None
+
+
 def describe(error: BaseException) -> str:
     """One or two lines that say what went wrong.
 
@@ -39,5 +45,9 @@ def describe(error: BaseException) -> str:
         return text
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(no message)"]
     if type(error).__name__ == "MisconfigurationException":
-        return lines[0]
+        return f"{lines[0]} Change the trainer options; `xscale doctor` shows the devices."
+    if type(error).__module__.startswith("yaml"):
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        return f"a --config file is no valid YAML{where}: {getattr(error, 'problem', None) or lines[0]}"
     return f"{type(error).__name__}: {lines[0]}\nIf your input is not at fault, --debug shows the traceback to report."

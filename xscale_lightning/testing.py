@@ -74,7 +74,7 @@ def check_gradients_reach_everything(make: Make, size: tuple[int, int]) -> None:
 
 
 def check_seeded(make: Make, size: tuple[int, int]) -> None:
-    """The same seed gives the same loss and another seed another one, if the method draws random numbers at all."""
+    """The same seed gives the same loss."""
     module = make(generic(3))
     batch = make_batch(module.bands, size, 4)
     losses = [module.evaluate(batch, seed=s).loss.item() for s in (1, 1)]
@@ -179,13 +179,17 @@ class _Log(Callback):
         self.rows: list[tuple] = []
         self.losses: list[float] = []
         self.save_at = save_at
+        self.offset = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Record after every real step."""
-        if trainer.global_step == len(self.rows) + getattr(self, "offset", 0):
+        if trainer.global_step == len(self.rows) + self.offset:
             return
         groups = trainer.optimizers[0].param_groups
-        values = tuple(pl_module._schedules[name](trainer.global_step, 6) for name in pl_module._schedules)
+        values = tuple(pl_module.value(name) for name in pl_module._schedules)
+        moves = tuple(target.moves for _, target in pl_module._targets)
+        taken = trainer.global_step - self.offset
+        assert all(n == taken for n in moves), f"targets moved {moves} times in {taken} steps: leave it to the base."
         self.rows.append((trainer.global_step, *((g["lr"], g["weight_decay"]) for g in groups), *values))
         self.losses.append(outputs["loss"].item())
         if self.save_at and trainer.global_step == self.save_at[0]:

@@ -11,6 +11,7 @@ import yaml
 from rasterio.transform import from_origin
 
 from xscale_lightning import cli
+from xscale_lightning.commands.train import claim
 from xscale_lightning.errors import UserError, describe, find_user_error
 
 BASE = {
@@ -89,6 +90,11 @@ SCENES = ("--data.class_path", "SceneFolder", "--data.bands.names", "[B04,B03,B0
         (["--data.bands.sensor", "sentinel9"], ["sentinel9", "sentinel2_l1c"]),
         (["--data.bands.mean", "[1,2]", "--data.bands.std", "[1,2]"], ["bands.mean", "2 values", "13"]),
         (["--data.batch_size", "0"], ["batch_size", "0"]),
+        (["--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0"]),
+        (["--trainer.devices", "999"], ["devices 999", "fewer"]),
+        (["--seed_everything", "-5"], ["seed_everything", "-5"]),
+        (["--model.attention", "xformers"], ["model.attention 'xformers'", "auto"]),
+        (["--data", "SceneFolder"], ["missing: root", "--data.root"]),
         (["--trainer.devices", "0"], ["devices"]),
         (["--trainer.accelerator", "cuda", "--trainer.devices", "1"], ["accelerator"]),
         (["--ckpt_path", "missing.ckpt"], ["missing.ckpt", "does not exist"]),
@@ -98,7 +104,7 @@ SCENES = ("--data.class_path", "SceneFolder", "--data.bands.names", "[B04,B03,B0
     ],
 )
 def test_wrong_arguments(run, args, words):
-    if "cuda" in args and torch.cuda.is_available():
+    if {"cuda", "xformers"} & set(args) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     refused(run(*args), *words)
 
@@ -109,6 +115,7 @@ def test_wrong_arguments(run, args, words):
         ("modell: 3", ["modell", "model"]),
         ("model: {class_path: mae, init_args: {mask_rtio: 0.3}}", ["mask_rtio", "mask_ratio"]),
         ("model: {class_path: nothing.here.Method}", ["nothing.here.Method"]),
+        ("model: [1\nb: !!x", ["no valid YAML", "line"]),
     ],
 )
 def test_wrong_yaml(run, tmp_path, text, words):
@@ -153,13 +160,14 @@ def test_damaged_scene_is_named(run, tmp_path, damage):
 
 
 def test_statistics_that_cannot_fit_the_data(run, tmp_path):
-    """0-255 statistics on 16-bit data: only the first batch can tell, so a run folder may exist; the run stops."""
+    """0-255 statistics on 16-bit data: only the first batch can tell; the run folder made by then goes again."""
     scene(tmp_path / "scenes", size=128)
     statistics = ("--data.bands.mean", "[100,100,100]", "--data.bands.std", "[50,50,50]")
-    code, err, _ = run(*SCENES, "--data.root", str(tmp_path / "scenes"), *statistics)
+    code, err, output = run(*SCENES, "--data.root", str(tmp_path / "scenes"), *statistics)
     assert code == 2 and "Traceback" not in err
     message = err[err.index("xscale: error: ") :].strip()
     assert "do not fit the data" in message and "data.bands.mean" in message and len(message.splitlines()) == 2
+    assert list(output.rglob("*")) == []
 
 
 def test_checkpoint_of_another_architecture(run, tmp_path):
@@ -170,12 +178,21 @@ def test_checkpoint_of_another_architecture(run, tmp_path):
     for args, word in (
         (["--model.backbone.depth", "2"], "another architecture"),
         (["--data.bands.names", "[B02,B03]"], "other bands"),
+        (["--model.backbone.position", "gsd"], "position"),
+        (["--model.decoder_heads", "4"], "decoder_heads is 2 there and 4 here"),
+        (["--data.bands.mean", str([1.0] * 13), "--data.bands.std", str([1.0] * 13)], "mean"),
     ):
         code, err, _ = run("--ckpt_path", str(checkpoint), *args)
         assert code == 2 and word in err and "Traceback" not in err
     assert sorted(output.rglob("*")) == before, "a refused run left something behind"
     code, err, _ = run("--ckpt_path", str(checkpoint), "--trainer.max_steps", "2")
     assert code == 0, err
+
+
+def test_runs_started_together_get_folders_of_their_own(tmp_path):
+    names = [claim(tmp_path / "mae", "now") for _ in range(3)]
+    assert names == ["now", "now_2", "now_3"]
+    assert sorted(p.name for p in (tmp_path / "mae").iterdir()) == sorted(names)
 
 
 def test_unknown_verb(capsys):

@@ -39,7 +39,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if folder is None:
             rank_zero_info("embeddings are not written: without a logger there is no run folder.")
             return
-        path = Path(folder) / self.filename
+        path = Path(trainer.log_dir or folder) / self.filename  # `log_dir` is the same on all processes
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
             tensors["index"] = torch.tensor([i for group in batch_indices for batch in group for i in batch])

@@ -102,7 +102,9 @@ def concise(message: str, options: list[str]) -> str:
         return f"{found.group(1)}: {text[:240]}"
     if found := re.search(r"the following arguments are required: (.*)", flat):
         keys = ", ".join(key.strip().split(".", 1)[-1] for key in found.group(1).split(","))
-        return f"missing: {keys}. Give a configuration, for example --config configs/mae.yaml."
+        if {"model", "data"} & set(keys.split(", ")):
+            return f"missing: {keys}. Give a configuration, for example --config configs/mae.yaml."
+        return f"missing: {keys}. Give it in the configuration or as an option, such as --data.{keys.split(', ')[0]}."
     return flat[:300]
 
 

@@ -1,16 +1,20 @@
 """`xscale fit | validate | test | predict`: LightningCLI over our methods, data modules and default callbacks."""
 
 import logging
+import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import xscale_lightning.data.folder
 import xscale_lightning.data.sample
@@ -62,7 +66,16 @@ class CLI(LightningCLI):
         parser.link_arguments("data.bands", "model.init_args.bands", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the configuration as given: a checkpoint's hyper-parameters never override it (see `check_resume`)."""
+        """Keep the configuration as given: a checkpoint's hyper-parameters never override it (see `check_resume`).
+
+        It is the first look at the parsed configuration, so numbers that Lightning would stumble over stop here.
+        """
+        config = self.config[self.config.subcommand]
+        seed, accumulate = config.get("seed_everything"), config.trainer.accumulate_grad_batches
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be in [0, 2^32), got {seed}.")
+        if accumulate < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}.")
 
     def before_instantiate_classes(self) -> None:
         """Refuse an output folder that cannot be written, before data is opened."""
@@ -71,8 +84,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Build the Trainer, with a TensorBoard logger in a fresh run folder unless another logger is configured."""
         config = self._get(self.config_init, "trainer")
-        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            kwargs["logger"] = self._logger()
+        self._own_logger = config.get("logger") in (None, True) and not config.get("fast_dev_run")
+        if self._own_logger:
+            kwargs["logger"] = False  # until everything is checked: a logger's folder is made after that
         if config.get("enable_progress_bar") is False:
             self._parser(self.subcommand).callback_keys.remove("progress")
         return super().instantiate_trainer(**kwargs)
@@ -85,6 +99,14 @@ class CLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoints.check_resume(path, self.model)
+        cores = os.cpu_count() or 1
+        if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.num_devices > cores:
+            raise UserError(
+                f"trainer.devices {self.trainer.num_devices} is more than the {cores} CPU cores here: give fewer."
+            )
+        self.model.check_attention(self.trainer.strategy.root_device)
+        if self._own_logger:
+            self.trainer.logger = self._logger()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Open checkpoints without running code, unless the user says otherwise."""
@@ -97,11 +119,20 @@ class CLI(LightningCLI):
         parent = Path(self._get(self.config_init, "output"))
         method = self.model.method_name
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"_{self.subcommand}")
-        version, count = stamp, 1
-        while (parent / method / version).exists():
-            count += 1
-            version = f"{stamp}_{count}"
+        version = claim(parent / method, stamp) if rank_zero_only.rank == 0 else stamp
         return TensorBoardLogger(str(parent), name=method, version=version, default_hp_metric=False)
+
+
+def claim(parent: Path, name: str) -> str:
+    """Make the folder `parent/name`, or `name_2`, `name_3` ... where another run has it; returns the name."""
+    version, count = name, 1
+    while True:
+        try:
+            (parent / version).mkdir(parents=True)
+            return version
+        except FileExistsError:
+            count += 1
+            version = f"{name}_{count}"
 
 
 def check_writable(folder: Path) -> None:
@@ -124,6 +155,7 @@ def main(argv: list[str]) -> None:
     """Run one of the four verbs."""
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*smaller than the logging interval.*")
     import_methods()
     args = resolve_method_names(argv)
     sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv
@@ -141,5 +173,5 @@ def build(cls: type[CLI]) -> None:
         parser_class=Parser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        trainer_defaults={"num_sanity_val_steps": 0},
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
     )

@@ -19,7 +19,7 @@ from xscale_lightning.methods.checks import check_statistics
 from xscale_lightning.methods.measure import count_flops, evaluation
 from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.methods.scheduled import ScheduledModule
-from xscale_lightning.models.attention import Backend, set_backend
+from xscale_lightning.models.attention import Backend, available_backends, set_backend, xformers_status
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokenizers import check_divides
 from xscale_lightning.models.tokens import Tokens
@@ -105,8 +105,10 @@ class SSLModule(ScheduledModule):
             self._first_batch_seen = True
         prepared = {**batch, "image": images}
         if augment:
-            gsd = batch.get("gsd", images.new_ones(len(images)))
-            prepared["image"], prepared["gsd"] = self.views(images, gsd)
+            gsd = batch.get("gsd")
+            prepared["image"], scaled = self.views(images, images.new_ones(len(images)) if gsd is None else gsd)
+            if gsd is not None:
+                prepared["gsd"] = scaled
         return prepared
 
     def denormalise(self, images: Tensor) -> Tensor:
@@ -139,6 +141,7 @@ class SSLModule(ScheduledModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data that the model cannot take, before the first batch."""
+        self.check_attention(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
@@ -158,6 +161,15 @@ class SSLModule(ScheduledModule):
         if height and width:
             self.check_size(height, width)
             self.num_tokens = height * width // self.backbone.patch_size**2 + self.backbone.num_prefix
+
+    def check_attention(self, device: torch.device) -> None:
+        """Refuse an attention backend that cannot run on `device`.
+
+        Raises:
+            UserError: with the reason.
+        """
+        if self.attention != "auto" and self.attention not in available_backends(device):
+            raise UserError(f"model.attention {self.attention!r} cannot run: {xformers_status()[1]}. Set it to auto.")
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse an image size in pixels; methods add their own conditions, such as a mask that leaves no token.

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sized
 
 import torch
 from lightning.pytorch import LightningModule
@@ -71,7 +72,9 @@ class ScheduledModule(LightningModule):
         backend, why = choose_backend(self.device, dtype, self.num_tokens)
         if self.attention != "auto":
             backend, why = self.attention, "set by model.attention"
+        millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (self, self.backbone)]
         rank_zero_info(
+            f"{type(self).__name__}: {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them in the encoder\n"
             f"learning rate {scaled}{self.plan.peak_lr:.4g} ({batch} samples per step), {int(total)} steps, "
             f"{warmup} of warm-up\nattention for whole images of {self.num_tokens} tokens: {backend} ({why})"
         )
@@ -101,9 +104,11 @@ class ScheduledModule(LightningModule):
 
     def _batch_size(self) -> int | None:
         loader = self.trainer.train_dataloader
-        size = getattr(loader, "batch_size", None) or getattr(
-            getattr(loader, "batch_sampler", None), "batch_size", None
-        )
+        sampler = getattr(loader, "batch_sampler", None)
+        size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+        dataset = getattr(loader, "dataset", None)
+        if size and isinstance(dataset, Sized):  # a set smaller than one batch gives a smaller batch
+            size = min(int(size), -(-len(dataset) // self.trainer.world_size))
         return int(size) if size else None
 
     def _samples_per_step(self) -> int:
