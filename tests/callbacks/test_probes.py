@@ -152,6 +152,28 @@ def test_pictures_and_their_figures(make_data, make_method, make_trainer, tmp_pa
         assert (values[0] == values[1]) == (name != "psnr")
 
 
+def test_images_are_scored_in_batches_of_the_data(make_data, make_method, make_trainer, monkeypatch) -> None:
+    from xscale_lightning.callbacks import pictures
+
+    sizes, scores = [], []
+    plain = pictures.bilinear_inpainting
+
+    def watched(target: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(target))
+        return plain(target, visible)
+
+    monkeypatch.setattr(pictures, "bilinear_inpainting", watched)
+    for batch_size in (5, 40):
+        sizes.clear()
+        data, recorder = make_data(batch_size=batch_size), Recorder()
+        trainer = make_trainer(ReconstructionPictures(num_images=2, num_score_images=40), recorder)
+        trainer.validate(make_method(data), datamodule=data, verbose=False)
+        assert max(sizes) == batch_size and sum(sizes) == 40
+        (measurement,) = [m for _, m in recorder.seen]
+        scores.append([*measurement.metrics.values(), *measurement.baselines["reconstruction/psnr"].values()])
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+
+
 def test_a_method_without_pixels_is_skipped_silently(make_data, make_method, make_trainer, caplog, tmp_path) -> None:
     data, recorder = make_data(), Recorder()
     with caplog.at_level("INFO"):

@@ -7,9 +7,17 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from xscale_lightning.callbacks import FeatureGeometry, OnlineKNN, ReconstructionPictures, RunSummary, Throughput
+from xscale_lightning.callbacks import (
+    FeatureGeometry,
+    OnlineKNN,
+    ProgressBar,
+    ReconstructionPictures,
+    RunSummary,
+    Throughput,
+)
 from xscale_lightning.callbacks.summary import write_json
 from xscale_lightning.callbacks.verdict import Record, verdict
+from xscale_lightning.errors import UserError
 
 
 def results(tmp_path: Path) -> dict:
@@ -127,3 +135,110 @@ def test_a_knn_difference_inside_its_noise_decides_nothing() -> None:
     assert noisy.startswith("These figures do not show whether it learned") and "within the noise (± 0.100)" in noisy
     assert verdict(record(0.712, 0.001)).startswith("It learned")
     assert verdict(record(0.60, 0.001)).startswith("It has not learned")
+
+
+def test_a_psnr_of_another_split_than_step_0_says_so() -> None:
+    rivals = {"mean fill": 17.0}
+    record = Record(step_0=10.9, step_0_split="val", last=20.0, last_step=5, split="test", baselines=rivals)
+    assert "(step 0: 10.9 on val)" in verdict({"reconstruction/psnr": record})
+    record.baselines = {}
+    assert "on test cannot be compared with step 0 (10.9 on val)" in verdict({"reconstruction/psnr": record})
+
+
+def test_damage_is_counted_and_told_at_the_end(make_data, make_method, make_trainer, tmp_path, capsys) -> None:
+    data = make_data()
+    data.dataset("train").skips = torch.tensor(3)
+    data.damage.first_time("a.tif")
+    data.left_out = {"b.tif": "the file is empty (0 bytes)"}
+    make_trainer(RunSummary()).fit(make_method(data), datamodule=data)
+    found = results(tmp_path)
+    assert found["skipped_samples"] == 3
+    assert found["left_out"] == {"count": 1, "reasons": {"b.tif": "the file is empty (0 bytes)"}}
+    printed = capsys.readouterr().out
+    assert printed.count("3 damaged samples were replaced (1 file named above).") == 1
+    assert printed.count("1 file or scene was left out (named above).") == 1
+    data = make_data()
+    make_trainer(RunSummary()).fit(make_method(data), datamodule=data)
+    assert results(tmp_path)["skipped_samples"] == 0 and "left_out" not in results(tmp_path)
+    assert "damaged" not in capsys.readouterr().out
+
+
+class Refuse(Callback):
+    """Refuses the first batch; `error` may be our kind or another."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def saved(make_data, make_method, make_trainer, tmp_path) -> Path:
+    """Checkpoint of step 4 of a run with all its figures."""
+    data = make_data()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=4, save_top_k=-1)
+    callbacks = [OnlineKNN(), ReconstructionPictures(), RunSummary(), checkpoint]
+    make_trainer(*callbacks, enable_checkpointing=True).fit(make_method(data), datamodule=data)
+    (path,) = (tmp_path / "ckpt").glob("*.ckpt")
+    return path
+
+
+def test_a_resumed_run_refused_at_once_reports_nothing(
+    saved, make_data, make_method, make_trainer, tmp_path, capsys
+) -> None:
+    (tmp_path / "runs" / "a" / "results.json").unlink()
+    capsys.readouterr()
+    data = make_data()
+    trainer = make_trainer(OnlineKNN(), RunSummary(), Refuse(UserError("no")), max_steps=8)
+    with pytest.raises(UserError, match="no"):
+        trainer.fit(make_method(data), datamodule=data, ckpt_path=saved)
+    assert "step 0" not in capsys.readouterr().out
+    folder = tmp_path / "runs" / "a"
+    assert not (folder / "results.json").exists()
+    assert (folder / "pictures" / "step_0000004.png").exists(), "the earlier run's folder must stay"
+
+
+def test_only_an_untouched_run_folder_of_our_own_errors_goes(make_data, make_method, make_trainer, tmp_path) -> None:
+    folder = tmp_path / "runs" / "a"
+
+    def fit(error: Exception) -> None:
+        data = make_data()
+        trainer = make_trainer(ReconstructionPictures(), RunSummary(), Refuse(error))
+        with pytest.raises(type(error)):
+            trainer.fit(make_method(data), datamodule=data)
+
+    fit(UserError("no"))
+    assert not folder.exists()
+    fit(RuntimeError("a fault of the program"))
+    assert (folder / "pictures" / "step_0000000.png").exists()
+    notes = folder / "notes.txt"
+    notes.write_text("mine")
+    fit(UserError("no"))
+    assert notes.exists() and list(folder.glob("events.out.*"))
+    notes.unlink()
+    for path in folder.glob("events.out.*"):
+        os.utime(path, (1e9, 1e9))  # an earlier run's
+    fit(UserError("no"))
+    assert list(folder.glob("events.out.*"))
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_the_checkpoint_says_the_step(saved, make_data, make_method, make_trainer, tmp_path, capsys, verb) -> None:
+    for path in (tmp_path / "runs" / "a" / "pictures").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    data = make_data()
+    callbacks = [OnlineKNN(), ReconstructionPictures(), RunSummary(), ProgressBar()]
+    getattr(make_trainer(*callbacks), verb)(make_method(data), datamodule=data, ckpt_path=saved, verbose=False)
+    assert os.listdir(tmp_path / "runs" / "a" / "pictures") == ["step_0000004.png"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and all(line.startswith("step 4: ") for line in lines)
+    assert all((" on val)" in line) == (verb == "test") for line in lines)
+
+
+def test_step_0_is_announced_once(make_data, make_method, make_trainer, caplog) -> None:
+    data = make_data()
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(OnlineKNN(), FeatureGeometry(), ReconstructionPictures()).fit(make_method(data), datamodule=data)
+    assert caplog.text.count("measuring step 0 ...") == 1

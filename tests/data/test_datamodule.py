@@ -1,9 +1,12 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.damage import DamageLog, without_path
 from xscale_lightning.data.datamodule import Collate, XScaleDataModule, check_folder, default_num_workers
 from xscale_lightning.data.reading import Reader
 from xscale_lightning.errors import UserError
@@ -33,7 +36,8 @@ class NumbersData(XScaleDataModule):
         if split not in self.lengths:
             return None
         source = Numbers(self.lengths[split], self.broken)
-        return Reader(source, lambda sample, index: sample, self.on_error, lambda index: f"file{index}.tif")
+        name = "file{}.tif".format
+        return Reader(source, lambda sample, index: sample, self.on_error, name, self.damage)
 
 
 def labels(loader):
@@ -87,6 +91,41 @@ def test_a_damaged_file_is_replaced_named_and_counted(workers, caplog):
     assert data.skipped == 3  # sample 2 tried 2 and 3, sample 3 tried 3
     if workers == 0:
         assert "file2.tif is not readable (OSError: truncated)" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_once_over_loaders_and_workers(workers, tmp_path):
+    handler = logging.FileHandler(tmp_path / "log")  # a file: worker processes write to it too
+    logging.getLogger("xscale_lightning").addHandler(handler)
+    data = NumbersData({"train": 6}, broken=(2, 3), batch_size=3, num_workers=workers)
+    for _ in range(3):
+        labels(data.probe_dataloader("train"))
+    logging.getLogger("xscale_lightning").removeHandler(handler)
+    named = (tmp_path / "log").read_text()
+    assert named.count("file3.tif is not readable") == 1
+    assert data.damage.files == 2
+    assert data.damage.summary(data.skipped) == "9 damaged samples were replaced (2 files named above)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cannot identify image file '/a b/River 3.png'", "cannot identify image file"),
+        ("'/vsizip/x.zip/a b/River 3.png' not recognized as a raster", "not recognized as a raster"),
+        ("[Errno 2] No such file: 'a b/River 3.png'", "[Errno 2] No such file"),
+        ("/a b/River 3.png: strip 3 is short", "strip 3 is short"),
+        ("/a b/River 3.png", "no reason given"),
+        ("strip 3: it's short", "strip 3: it's short"),
+    ],
+)
+def test_the_path_is_cut_from_a_library_message(text, expected):
+    assert without_path(text, "/a b/River 3.png") == expected
+
+
+def test_more_damaged_files_than_are_named():
+    damage = DamageLog()
+    assert sum(damage.first_time(f"{i}.tif") for i in range(30)) == 20
+    assert damage.summary(31) == "31 damaged samples were replaced (20 of 30 files named above)"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

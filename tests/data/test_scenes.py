@@ -189,8 +189,8 @@ def test_a_damaged_file_is_named_and_skipped_or_stops_the_run(tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         for batch in train_batches(data):
             assert_cut_from(batch, good)
-    assert "bad.tif" in caplog.text
-    assert data.skipped == 1
+    assert caplog.text.count("bad.tif") == 1
+    assert list(data.left_out) == [str(tmp_path / "bad.tif")] and data.skipped == 0
     with pytest.raises(UserError, match=r"bad\.tif: .*data\.on_error"):
         folder(tmp_path, "B02", on_error="stop", cache_mb=cache_mb).setup("fit")
 
@@ -217,6 +217,24 @@ def test_all_files_damaged(tmp_path):
     damage(tmp_path / "a.tif", "empty")
     with pytest.raises(UserError, match=r"a\.tif: the file is empty"):
         folder(tmp_path, "B02").setup("fit")
+
+
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_the_damaged_file_of_the_only_scene_is_named_first(tmp_path, on_error):
+    write(tmp_path / "x_B02.tif", pixels(1))
+    write(tmp_path / "x_B03.tif", pixels(1))
+    damage(tmp_path / "x_B03.tif", "empty")
+    with pytest.raises(UserError, match=r"^data\.root: .*x_B03\.tif: the file is empty.*mend or remove") as error:
+        folder(tmp_path, "B02", "B03", on_error=on_error).setup("fit")
+    assert len(str(error.value).splitlines()) == 2 and "have no B03" in str(error.value)
+
+
+def test_stop_names_the_damaged_file_before_other_complaints(tmp_path):
+    write(tmp_path / "tiny.tif", pixels(1, 20, 30), ("B02",))
+    write(tmp_path / "bad.tif", pixels(1), ("B02",))
+    damage(tmp_path / "bad.tif", "empty")
+    with pytest.raises(UserError, match=r"bad\.tif: the file is empty"):
+        folder(tmp_path, "B02", image_size=32, on_error="stop").setup("fit")
 
 
 def test_missing_and_empty_folders(tmp_path):

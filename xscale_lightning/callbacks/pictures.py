@@ -1,5 +1,8 @@
 """Pictures of reconstructions, and masked PSNR beside two base lines that see the same pixels."""
 
+import math
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -9,9 +12,19 @@ from torch import Tensor
 from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, evaluation_split, run_folder, to_device
 from xscale_lightning.callbacks.sampling import sample_batches
 from xscale_lightning.callbacks.sources import held_out_loader
+from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.errors import UserError
 from xscale_lightning.evaluation.pictures import composite, picture_grid, save_png, shown_channels, stretch_limits
-from xscale_lightning.evaluation.reconstruction import bilinear_inpainting, masked_psnr, mean_fill, percentile_range
+from xscale_lightning.evaluation.reconstruction import (
+    MAX_QUANTILE_VALUES,
+    ErrorSums,
+    bilinear_inpainting,
+    error_sums,
+    mean_fill,
+    percentile_range,
+    psnr,
+)
+from xscale_lightning.methods.output import Reconstruction
 
 TITLES = ("original", "masked", "reconstruction", "with visible pixels")
 
@@ -57,46 +70,54 @@ class ReconstructionPictures(ProbeCallback):
         shown_channels(pl_module.bands, self.false_colour)  # type: ignore[arg-type]
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> Measurement | None:
-        """Reconstruct, score and draw."""
-        parts = self._reconstruct(trainer, pl_module)
-        if parts is None:
-            return None
-        target, prediction, visible, borrows = parts
-        if bool(visible.all()):
-            return None
-        if trainer.is_global_zero:
-            self._draw(trainer, pl_module, target, prediction, visible)
-        if borrows:
-            self._explain("the target is normalised per patch, so pictures borrow from the original; no PSNR.")
-            return None
-        scale = percentile_range(target)
-        metric = "reconstruction/psnr"
-        baselines = {
-            "mean fill": masked_psnr(target, mean_fill(target, visible), visible, scale),
-            "bilinear inpainting": masked_psnr(target, bilinear_inpainting(target, visible), visible, scale),
-        }
-        metrics = {metric: masked_psnr(target, prediction, visible, scale)}
-        return Measurement(metrics, evaluation_split(trainer), {metric: baselines})
-
-    def _reconstruct(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor, Tensor, bool] | None:
-        """Target, prediction, visible pixels `[N, C, H, W]`, and whether they borrow; None without reconstruction."""
+        """Reconstruct, score and draw, batch by batch: only the picture's rows and the error sums are kept."""
         loader = held_out_loader(trainer)
         if loader is None:
             return None
-        targets, predictions, masks, borrows = [], [], [], False
         count = max(self.num_images, self.num_score_images)
+        rows: list[tuple[Tensor, ...]] = []
+        values: list[Tensor] = []
+        sums: dict[str, ErrorSums] = {}
         for i, raw in enumerate(sample_batches(loader, count, self.seed)):
-            batch = to_device(trainer, pl_module, raw)
-            with trainer.precision_plugin.forward_context():
-                output = pl_module.evaluate(batch, self.seed + i)  # type: ignore[operator]
-                if output.reconstruction is None:
-                    return None
-                result = output.reconstruction()
-            targets.append(result.target.float())
-            predictions.append(result.prediction.float())
-            masks.append(result.visible.expand_as(result.target))
-            borrows = borrows or result.borrows
-        return (torch.cat(targets), torch.cat(predictions), torch.cat(masks), borrows) if targets else None
+            result = self._reconstruct(trainer, pl_module, raw, self.seed + i)
+            if result is None:
+                return None
+            target, prediction = result.target.float(), result.prediction.float()
+            visible = result.visible.expand_as(target)
+            kept = max(0, self.num_images - sum(len(row[0]) for row in rows))
+            if kept:
+                rows.append(tuple(part[:kept].cpu() for part in (target, prediction, visible)))
+            if result.borrows:
+                self._explain("the target is normalised per patch, so pictures borrow from the original; no PSNR.")
+                if sum(len(row[0]) for row in rows) == self.num_images:
+                    break
+                continue
+            values.append(_thinned(target, count))
+            for name, guess in (
+                ("", prediction),
+                ("mean fill", mean_fill(target, visible)),
+                ("bilinear inpainting", bilinear_inpainting(target, visible)),
+            ):
+                part = error_sums(target, guess, visible)
+                sums[name] = sums[name] + part if name in sums else part
+        picture = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+        if picture and not bool(picture[2].all()) and trainer.is_global_zero:
+            self._draw(trainer, pl_module, *picture)
+        if not sums or not bool(sums[""].count.any()):
+            return None
+        scale = percentile_range(torch.cat(values))
+        scores = {name: psnr(part, scale) for name, part in sums.items()}
+        metric = "reconstruction/psnr"
+        return Measurement({metric: scores.pop("")}, evaluation_split(trainer), {metric: scores})
+
+    def _reconstruct(
+        self, trainer: Trainer, pl_module: LightningModule, raw: dict[str, Any], seed: int
+    ) -> Reconstruction | None:
+        """One batch, in the run's precision; None from methods that put no pixels back."""
+        batch = to_device(trainer, pl_module, raw)
+        with trainer.precision_plugin.forward_context():
+            output = pl_module.evaluate(batch, seed)  # type: ignore[operator]
+            return None if output.reconstruction is None else output.reconstruction()
 
     def _explain(self, text: str) -> None:
         if not self._explained:
@@ -123,10 +144,16 @@ class ReconstructionPictures(ProbeCallback):
             composite(torch.where(visible, target, prediction), channels, limits),
         ]
         picture = picture_grid(columns, TITLES)
-        save_png(picture, folder / "pictures" / f"step_{trainer.global_step:07d}.png")
+        save_png(picture, folder / "pictures" / f"step_{current_step(trainer):07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # A copy: TensorBoard turns the array into a tensor, which needs a writable one.
                 logger.experiment.add_image(
-                    "reconstruction", picture.copy(), global_step=trainer.global_step, dataformats="HWC"
+                    "reconstruction", picture.copy(), global_step=current_step(trainer), dataformats="HWC"
                 )
+
+
+def _thinned(target: Tensor, images: int) -> Tensor:
+    """Every n-th pixel of `[B, C, H, W]` as `[B, C, 1, M]`: of `images` such images, as many as percentiles need."""
+    pixels = target.flatten(2)
+    return pixels[:, :, :: max(1, math.ceil(images * pixels.shape[2] / MAX_QUANTILE_VALUES))].unsqueeze(2)

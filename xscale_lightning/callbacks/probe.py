@@ -13,8 +13,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.errors import UserError
 
 
@@ -37,14 +39,14 @@ class ProbeListener(Protocol):
     """A callback that wants to hear of every measurement (summary, progress bar)."""
 
     def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
-        """Take note of figures measured at `trainer.global_step`."""
+        """Take note of figures measured at `current_step(trainer)`."""
         ...
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
     """Log at the present optimizer step and put into `trainer.callback_metrics` (for `monitor=`); works in any hook."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(scalars), step=trainer.global_step)
+        logger.log_metrics(dict(scalars), step=current_step(trainer))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
 
@@ -145,6 +147,9 @@ class ProbeCallback(Callback, ABC):
         """Measure the base line: the model before its first step. A resumed run has it already."""
         self._last_step = -1
         if trainer.global_step == 0:
+            probes = (c for c in trainer.callbacks if isinstance(c, ProbeCallback))  # type: ignore[attr-defined]
+            if self is next(probes):
+                rank_zero_info("measuring step 0 ...")  # it can take longer than the first epoch
             self.run_probe(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
 
 from xscale_lightning.callbacks.probe import Measurement
+from xscale_lightning.callbacks.steps import current_step, is_base_line
 from xscale_lightning.callbacks.throughput import StepClock, batch_images
 from xscale_lightning.callbacks.verdict import format_value, is_knn
 from xscale_lightning.errors import UserError
@@ -43,6 +43,7 @@ class ProgressBar(RichProgressBar):
         self._shown_at = 0.0
         self._newest: tuple[str, float] | None = None
         self._step_0: dict[str, float] = {}
+        self._split = "val"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose between the bar and plain lines."""
@@ -62,7 +63,8 @@ class ProgressBar(RichProgressBar):
 
     def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
         """Remember the newest figures; without a terminal print them."""
-        if trainer.global_step == 0 and trainer.state.fn == TrainerFn.FITTING:
+        self._split = measurement.split
+        if is_base_line(trainer):
             self._step_0.update(measurement.metrics)
         self._newest = self._headline(measurement)
         if self._plain:
@@ -72,7 +74,7 @@ class ProgressBar(RichProgressBar):
                 for values in measurement.baselines.values()
                 for name, value in values.items()
             ]
-            print(f"step {trainer.global_step}: {shown}" + (f"; {', '.join(against)}" if against else ""), flush=True)
+            print(f"step {current_step(trainer)}: {shown}" + (f"; {', '.join(against)}" if against else ""), flush=True)
 
     def _headline(self, measurement: Measurement) -> tuple[str, float] | None:
         """The figure that tells most; geometry only as long as there is nothing else."""
@@ -83,13 +85,13 @@ class ProgressBar(RichProgressBar):
         return first if self._newest is None or self._newest[0].startswith("geometry/") else self._newest
 
     def _with_step_0(self, trainer: Trainer, name: str, value: float) -> str:
-        if trainer.global_step == 0 and name in self._step_0:
+        if is_base_line(trainer) and name in self._step_0:
             return f"{name} {format_value(value)}"  # this is the step-0 value
-        zero = self._step_0.get(name)
+        zero = format_value(self._step_0[name]) if name in self._step_0 else None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if zero is None and hasattr(callback, "step_zero"):  # a resumed run: the summary has it
-                zero = callback.step_zero(name)
-        return f"{name} {format_value(value)} (step 0: {'not measured' if zero is None else format_value(zero)})"
+            if zero is None and hasattr(callback, "step_zero"):  # a resumed run, validate, test: the summary has it
+                zero = callback.step_zero(name, self._split)
+        return f"{name} {format_value(value)} (step 0: {zero or 'not measured'})"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar."""

@@ -21,7 +21,8 @@ def sample_loader(loader: DataLoader[Any], limit: int | None, seed: int = 0) -> 
     the loader comes back as it is.
     """
     dataset = loader.dataset
-    if limit is None or not hasattr(dataset, "__len__") or not isinstance(loader.sampler, SequentialSampler):
+    drawable = hasattr(dataset, "__len__") and isinstance(loader.sampler, SequentialSampler)
+    if limit is None or not drawable or loader.batch_size is None:  # None: it has a batch sampler of its own
         return loader
     size = len(dataset)  # type: ignore[arg-type]
     if limit >= size:

@@ -4,11 +4,10 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle
 import platform
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 import xscale_lightning
+from xscale_lightning.callbacks.leftovers import damage_lines, damage_record, remove_unused_run
 from xscale_lightning.callbacks.probe import Measurement, run_folder
+from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.callbacks.throughput import batch_images
 from xscale_lightning.callbacks.verdict import Record, format_value, verdict
+from xscale_lightning.errors import find_user_error
 
 PACKAGES = ("torch", "lightning", "torchgeo", "timm", "torchmetrics", "xformers")
 
@@ -45,47 +47,39 @@ class RunSummary(Callback):
         self._seconds_before = 0.0
         self._started = time.perf_counter()
         self._first_loss: torch.Tensor | float | None = None
-        self._measured_step: int | None = None
         self._recalled = False
+        self._made = time.time()
+        self._first_step: int | None = None
 
     def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
         """Take note of figures measured now; in `fit` those before the first step are the base line."""
         self._recall(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING
         for name, value in measurement.metrics.items():
             record = self.records.setdefault(name, Record())
-            if fitting and trainer.global_step == 0:
+            if is_base_line(trainer):
                 record.step_0, record.step_0_split = value, measurement.split
             record.last, record.split = value, measurement.split
-            record.last_step = self._step(trainer)
+            record.last_step = current_step(trainer)
             record.baselines = dict(measurement.baselines.get(name, {}))
             record.error = measurement.errors.get(name, 0.0)
 
-    def step_zero(self, name: str) -> float | None:
-        """Step-0 value of a metric, None if it was not measured."""
-        return self.records[name].step_0 if name in self.records else None
-
-    def _step(self, trainer: Trainer) -> int:
-        # Outside fit the Trainer does not restore its step count; the checkpoint's is used.
-        return trainer.global_step or self._measured_step or 0
+    def step_zero(self, name: str, split: str) -> str | None:
+        """Step-0 value of a metric for people, with its split if that is not `split`; None if it was not measured."""
+        record = self.records.get(name)
+        return None if record is None or record.step_0 is None else replace(record, split=split).step_0_text()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
         self._recalled = stage == "fit"
+        self._first_step = None
 
     def _recall(self, trainer: Trainer) -> None:
         """Outside `fit` Lightning does not restore callbacks: look up the step-0 values in the checkpoint, once."""
-        path = trainer.ckpt_path
-        if self._recalled or not path or not os.path.isfile(path):
+        if self._recalled:
             return
         self._recalled = True
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
-            return  # an unusual checkpoint that the Trainer could open: its step-0 values are "not measured"
-        self._measured_step = checkpoint.get("global_step")
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        state = checkpoint_record(trainer)[1].get(self.state_key)
         if state:
             self.load_state_dict(state)
             self._seconds_before = 0.0  # the time of this command alone
@@ -109,6 +103,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run (not a resumed one) starts from nothing; what step 0 measured just now is kept."""
+        self._first_step = trainer.global_step
         if trainer.global_step == 0:
             self.records = {name: record for name, record in self.records.items() if record.last_step == 0}
             self.images_seen, self._seconds_before, self._first_loss = 0, 0.0, None
@@ -136,10 +131,15 @@ class RunSummary(Callback):
         self._report(trainer, pl_module, "test", "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Report what a run that was stopped or failed has reached; one that never started leaves no file."""
-        if trainer.state.fn == TrainerFn.FITTING and self.images_seen:
+        """Report what a run that was stopped or failed has reached; one refused before its first step leaves no file.
+
+        What a checkpoint says of steps and images does not count: only what this process has trained is news.
+        """
+        if self._first_step is not None and trainer.global_step > self._first_step:
             status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._report(trainer, pl_module, "fit", status)
+        elif trainer.is_global_zero and find_user_error(exception) is not None:
+            remove_unused_run(trainer, self._made)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -149,7 +149,7 @@ class RunSummary(Callback):
             return
         self._recall(trainer)
         sentence = verdict(self.records)
-        self._print(sentence, status)
+        self._print(trainer, sentence, status)
         folder = run_folder(trainer)
         if folder is None:
             rank_zero_info("RunSummary: no logger, so no run folder; results.json is not written.")
@@ -157,7 +157,7 @@ class RunSummary(Callback):
         path = write_json(self._results(trainer, pl_module, command, status, sentence), folder / "results.json")
         rank_zero_info(f"results: {path}")
 
-    def _print(self, sentence: str, status: str) -> None:
+    def _print(self, trainer: Trainer, sentence: str, status: str) -> None:
         console = get_console()
         if not console.is_terminal:
             console = Console(width=110)
@@ -176,6 +176,8 @@ class RunSummary(Callback):
                 )
             console.print(table)
         console.print(sentence, markup=False, highlight=False)
+        for line in damage_lines(trainer):
+            console.print(line, markup=False, highlight=False)
 
     def _results(
         self, trainer: Trainer, pl_module: LightningModule, command: str, status: str, sentence: str
@@ -192,8 +194,9 @@ class RunSummary(Callback):
             "metrics": {name: asdict(record) for name, record in self.records.items()},
             "losses": losses,
             "speed": {name.removeprefix("speed/"): v for name, v in values.items() if name.startswith("speed/")},
-            "steps": self._step(trainer),
+            "steps": current_step(trainer),
             "images_seen": self.images_seen,
+            **damage_record(trainer),
             "seconds": round(self._seconds(), 3),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),

@@ -73,9 +73,11 @@ def verdict(records: Mapping[str, Record]) -> str:
 
 def _reconstruction(record: Record) -> tuple[bool, str]:
     text = f"masked PSNR {record.last:.1f} dB"
-    zero = "not measured" if record.step_0 is None else f"{record.step_0:.1f}"
+    zero = record.step_0_text()
     rival = record.best_baseline()
     if rival is None:
+        if record.step_0 is not None and record.step_0_split != record.split:
+            return False, f"{text} on {record.split} cannot be compared with step 0 ({zero})"
         better = record.step_0 is not None and record.last > record.step_0
         return better, f"{text} {'is above' if better else 'is not above'} its step-0 value ({zero})"
     better = record.last > rival[1]

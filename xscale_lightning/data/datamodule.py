@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.damage import DamageLog
 from xscale_lightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
@@ -116,6 +117,8 @@ class XScaleDataModule(LightningDataModule):
         multilabel: whether `label` is `[B, K]` with one column per class.
         gsd: metres per pixel of samples that do not bring their own, or None.
         downloads: whether `prepare_data` fetches files, so that nothing can be opened before it.
+        damage: the damaged files met so far.
+        left_out: files and scenes left out when the data was opened, with the reason.
     """
 
     def __init__(
@@ -145,6 +148,8 @@ class XScaleDataModule(LightningDataModule):
         self.multilabel = False
         self.gsd: float | None = self.bands.gsd
         self.downloads = False
+        self.damage = DamageLog()
+        self.left_out: dict[str, str] = {}
         self._datasets: dict[str, Dataset[Any] | None] = {}
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:

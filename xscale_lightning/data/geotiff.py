@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from xscale_lightning.data.damage import without_path
+
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 MAX_OPEN_FILES = 64
 MAX_SNAP = 64
@@ -121,7 +123,7 @@ def _open(path: str) -> Any:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             return rasterio.open(path)
     except RasterioError as error:
-        raise UnreadableFile(path, f"cannot be opened as a raster ({_first_line(error)})") from None
+        raise UnreadableFile(path, f"cannot be opened as a raster ({_first_line(error, path)})") from None
 
 
 def _is_masked(source: Any) -> bool:
@@ -131,9 +133,9 @@ def _is_masked(source: Any) -> bool:
     return floating or any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception, path: str) -> str:
     """First line of GDAL's message about the cause; rasterio's own often says only "see previous exception"."""
-    return str(error.__cause__ or error).strip().split("\n")[0][:160]
+    return without_path(str(error.__cause__ or error).strip().split("\n")[0], path)[:160]
 
 
 def _metres_per_pixel(source: Any) -> float | None:
@@ -262,7 +264,9 @@ class RasterReader:
             if any(MaskFlags.all_valid not in file.mask_flag_enums[i - 1] for i in indexes):
                 mask = file.read_masks(indexes, window=window, out_shape=shape) > 0
         except RasterioError as error:
-            raise UnreadableFile(raster.path, f"cannot be read, it may be truncated ({_first_line(error)})") from None
+            raise UnreadableFile(
+                raster.path, f"cannot be read, it may be truncated ({_first_line(error, raster.path)})"
+            ) from None
         if np.issubdtype(values.dtype, np.floating):
             finite = np.isfinite(values)
             if not finite.all():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from xscale_lightning.data.blocks import OriginCells
+from xscale_lightning.data.damage import DamageLog
 from xscale_lightning.data.datamodule import replicas_and_rank
 from xscale_lightning.data.degrade import degrade
 from xscale_lightning.data.geotiff import Grid, RasterReader, Source, UnreadableFile
@@ -109,6 +110,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         stop_on_error: bool = False,
         validity: bool = False,
         pair_ratio: int = 1,
+        damage: DamageLog | None = None,
     ) -> None:
         """Choose between random patches and a list.
 
@@ -123,6 +125,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             stop_on_error: whether an unreadable file ends the run.
             validity: whether to deliver `valid`.
             pair_ratio: above 1, the patch is delivered as `image_hr` and degraded by this factor as `image`.
+            damage: the data module's list of damaged files; null makes one.
         """
         self.scenes, self.origins, self.pair_ratio = list(scenes), origins, pair_ratio
         self.size = (size[0] * pair_ratio, size[1] * pair_ratio)
@@ -130,6 +133,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         self.samples, self.seed, self.max_nodata = samples, seed, max_nodata
         self.stop_on_error, self.validity = stop_on_error, validity
         self.labelled = all(scene.labels is not None for scene in scenes)
+        self.damage = DamageLog() if damage is None else damage
         self.failed = torch.zeros(len(self.scenes), dtype=torch.uint8).share_memory_()
         """`[scenes]` 1 where a read has failed; shared by all worker processes."""
         self.skips = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -188,8 +192,8 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         except UnreadableFile as error:
             if self.stop_on_error:
                 raise UserError(stop_message(error.path, error.reason)) from None
-            if not self.failed[place[0]]:
-                logger.warning("Skipped a patch of %s. Others of this scene are skipped without a message.", error)
+            if self.damage.first_time(error.path):
+                logger.warning("Skipped a patch of %s. Others of this file are skipped without a message.", error)
             self.failed[place[0]] = 1
             self.skips += 1
             return False

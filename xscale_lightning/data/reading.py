@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from xscale_lightning.data.damage import DamageLog, without_path
 from xscale_lightning.errors import UserError
 
 OnError = Literal["skip", "stop"]
 MAX_SUBSTITUTES = 32
-MAX_NAMED = 20  # files named in the log per process; more are only counted
 
 # Mistakes in code or configuration: no other file would read any better.
 _NOT_THE_FILE = (UserError, TypeError, AttributeError, NameError, ImportError, MemoryError)
@@ -38,6 +38,7 @@ class Reader(Dataset[dict[str, Any]]):
         prepare: Callable[[Any, Any], dict[str, Any]],
         on_error: OnError = "skip",
         file_of: Callable[[Any], str | None] = lambda index: None,
+        damage: DamageLog | None = None,
     ) -> None:
         """Wrap a dataset.
 
@@ -46,6 +47,7 @@ class Reader(Dataset[dict[str, Any]]):
             prepare: makes our sample of (the source's sample, its index).
             on_error: "skip" or "stop".
             file_of: name of the file behind an index, for messages.
+            damage: the data module's list of damaged files; null makes one.
         """
         check_on_error(on_error)
         self.source = source
@@ -53,7 +55,7 @@ class Reader(Dataset[dict[str, Any]]):
         self.on_error = on_error
         self.file_of = file_of
         self.skips = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes write, the trainer reads
-        self._named: set[str] = set()
+        self.damage = DamageLog() if damage is None else damage
         self._last_good: Any = None
 
     def __len__(self) -> int:
@@ -81,8 +83,7 @@ class Reader(Dataset[dict[str, Any]]):
             if self.on_error == "stop":
                 raise UserError(f"{problem}. Repair or remove it, or set data.on_error to skip.")
             self.skips += 1
-            if problem not in self._named and len(self._named) < MAX_NAMED:
-                self._named.add(problem)
+            if self.damage.first_time(self.file_of(index) or f"sample {index} of dataset {id(self.source)}"):
                 log.warning("%s; another sample takes its place (data.on_error: skip).", problem)
             index = self._substitute(wanted, attempt)
             if index is None:
@@ -95,5 +96,5 @@ class Reader(Dataset[dict[str, Any]]):
         return self._last_good
 
     def _describe(self, index: Any, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:200]
-        return f"data: {self.file_of(index) or f'sample {index}'} is not readable ({type(error).__name__}: {reason})"
+        name = self.file_of(index) or f"sample {index}"
+        return f"data: {name} is not readable ({type(error).__name__}: {without_path(str(error), name)})"

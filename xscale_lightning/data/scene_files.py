@@ -110,32 +110,37 @@ def find_scenes(
         name: bands for name, bands in scenes.items() if name not in complete and any(k in bands for k in keys)
     }
     if not complete:
-        raise _no_scene(root, wanted, keys, found, unnamed, left_out)
+        problem = _no_scene(root, wanted, keys, found, unnamed)
+        raise UserError(_name_damaged(root, left_out, problem) if left_out else problem)
     for name, bands in incomplete.items():
         missing = [band for band, key in zip(wanted, keys, strict=True) if key not in bands]
         left_out[os.path.join(root, name)] = f"the scene lacks {', '.join(missing)}"
     return complete, left_out
 
 
-def _no_scene(
-    root: str, wanted: Sequence[str], keys: Sequence[str], found: set[str], unnamed: set[int], left_out: dict[str, str]
-) -> UserError:
-    """Say why not a single scene can be used."""
+def _no_scene(root: str, wanted: Sequence[str], keys: Sequence[str], found: set[str], unnamed: set[int]) -> str:
+    """Say why not a single scene can be used; empty where no file could be read."""
     missing = [name for name, key in zip(wanted, keys, strict=True) if key not in found]
     if not found and not unnamed:
-        path, reason = next(iter(left_out.items()))
-        return UserError(f"data.root: none of the {len(left_out)} rasters in '{root}' can be read; {path}: {reason}.")
+        return ""
     if not found:
         counts = ", ".join(str(count) for count in sorted(unnamed))
-        return UserError(
+        return (
             f"data.root: the files in '{root}' ({counts} bands each) do not say which bands they hold; "
             "name them in order with data.file_bands."
         )
     if missing:
-        return UserError(
-            f"data.bands: the files in '{root}' have no {', '.join(missing)}; they have {', '.join(sorted(found))}."
-        )
-    return UserError(
+        return f"data.bands: the files in '{root}' have no {', '.join(missing)}; they have {', '.join(sorted(found))}."
+    return (
         f"data.bands: no scene in '{root}' has all of {', '.join(wanted)}; the bands of a scene must lie in one "
         "folder, in files whose names differ in the band only."
     )
+
+
+def _name_damaged(root: str, left_out: dict[str, str], problem: str) -> str:
+    """Name an unreadable file first: what the readable ones lack is most often in that one."""
+    path, reason = next(iter(left_out.items()))
+    if not problem:
+        return f"data.root: none of the {len(left_out)} rasters in '{root}' can be read; {path}: {reason}."
+    others = f" (and {len(left_out) - 1} more cannot be read)" if len(left_out) > 1 else ""
+    return f"data.root: {path}: {reason}{others}; mend or remove it.\nWithout it: {problem}"

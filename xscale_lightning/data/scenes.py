@@ -108,19 +108,12 @@ class SceneFolder(XScaleDataModule):
         self.max_nodata, self.validity, self.on_error, self.cache_mb = max_nodata, validity, on_error, cache_mb
         self.reader = RasterReader(nodata)
         self.name = os.path.basename(os.path.normpath(root)).lower() or "scenes"
-        self.left_out: dict[str, str] = {}
-        """Files and scenes that were left out when the folder was opened, with the reason."""
         self._opened: tuple[list[Scene], list[BlockMap]] | None = None
 
     @property
     def scenes(self) -> list[Scene]:
         """The scenes, opened on first use."""
         return self._open()[0]
-
-    @property
-    def skipped(self) -> int:
-        """Files and scenes left out when the folder was opened, and samples replaced since, by all workers."""
-        return len(self.left_out) + super().skipped
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:
         """Random patches of the training blocks, or the fixed grid of the validation or test blocks.
@@ -189,12 +182,15 @@ class SceneFolder(XScaleDataModule):
             stop_on_error=self.on_error == "stop",
             validity=self.validity,
             pair_ratio=self.pair_ratio,
+            damage=self.damage,
         )
 
     def _open(self) -> tuple[list[Scene], list[BlockMap]]:
         """Find, check and load the scenes, and deal their area out to the splits; once per process."""
         if self._opened is None:
             found, self.left_out = find_scenes(self.root, self.bands.names, self.known_bands, self.file_bands)
+            if self.on_error == "stop":
+                self._report_left_out([])
             scenes = []
             memory = self.cache_mb * 10**6
             for name, files in found.items():
@@ -237,7 +233,8 @@ class SceneFolder(XScaleDataModule):
                 raise UserError(stop_message(path, reason))
             raise UserError(f"data.root: no scene in '{self.root}' can be read; {path}: {reason}.")
         for path, reason in list(self.left_out.items())[:_SHOWN]:
-            logger.warning("Left out %s: %s.", path, reason)
+            if self.damage.first_time(path):
+                logger.warning("Left out %s: %s.", path, reason)
         if len(self.left_out) > _SHOWN:
             logger.warning("Left out %d files and scenes of '%s' in all.", len(self.left_out), self.root)
 

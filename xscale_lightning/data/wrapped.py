@@ -150,7 +150,7 @@ class WrappedData(XScaleDataModule):
             gsd=self._given_gsd,
             preset_gsd=self.bands.gsd,
         )
-        reader = Reader(source, prepare, self._on_error, partial(describe.file_of, source))
+        reader = Reader(source, prepare, self._on_error, partial(describe.file_of, source), self.damage)
         first = reader[self.first_index(split)]
         self.image_size = (first["image"].shape[1], first["image"].shape[2])
         self.gsd = float(first["gsd"])
