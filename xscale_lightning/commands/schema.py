@@ -14,6 +14,8 @@ from xscale_lightning.commands import train
 from xscale_lightning.commands.parser import Parser, import_methods
 from xscale_lightning.errors import UserError
 
+listed = completions.get_all_subclass_paths
+
 
 class SchemaCLI(train.CLI):
     """The command line of `fit`, stopped once its parser is built."""
@@ -30,12 +32,21 @@ class _Built(Exception):
     """Carries the schema out of the constructor that would go on to train."""
 
 
+def list_what_can_be_listed(cls: type, **options: Any) -> list[str]:
+    """Subclasses of `cls`; none for the few classes of other packages whose subclasses jsonargparse stumbles over.
+
+    It fails at `type` itself, and at lazily loaded attributes that some modules announce and do not have.
+    """
+    try:
+        return [] if issubclass(cls, type) else listed(cls, **options)
+    except (AttributeError, ImportError, TypeError, ValueError):
+        return []
+
+
 def fit_schema() -> dict[str, Any]:
     """JSON schema of a `fit` configuration, plug-ins included."""
     import_methods()
-    listed = completions.get_all_subclass_paths
-    # `type` itself is among the classes a callback may be; its __subclasses__ cannot be listed.
-    completions.get_all_subclass_paths = lambda cls, **options: [] if issubclass(cls, type) else listed(cls, **options)
+    completions.get_all_subclass_paths = list_what_can_be_listed
     try:
         train.build(SchemaCLI)
     except _Built as built:

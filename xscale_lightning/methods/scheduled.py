@@ -106,9 +106,9 @@ class ScheduledModule(LightningModule):
         loader = self.trainer.train_dataloader
         sampler = getattr(loader, "batch_sampler", None)
         size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
-        dataset = getattr(loader, "dataset", None)
-        if size and isinstance(dataset, Sized):  # a set smaller than one batch gives a smaller batch
-            size = min(int(size), -(-len(dataset) // self.trainer.world_size))
+        samples = getattr(loader, "sampler", None)  # those of this process
+        if size and isinstance(samples, Sized):  # a set smaller than one batch gives a smaller batch
+            size = min(int(size), len(samples))
         return int(size) if size else None
 
     def _samples_per_step(self) -> int:
