@@ -54,6 +54,23 @@ def test_the_first_two_commands_are_demo_and_test():
     assert [block.strip() for block in blocks(ROOT / "README.md", "bash")[:2]] == ["make demo", "make test"]
 
 
+def test_the_environment_is_activated_before_the_first_xscale_command():
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("xscale"))
+    assert any(line.startswith("source ") for line in lines[:first])
+
+
+def test_the_figures_are_of_the_shipped_quickstart():
+    settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    data, epochs = settings["data"]["init_args"], settings["trainer"]["max_epochs"]
+    steps = epochs * (data["samples_per_epoch"] // data["batch_size"])
+    assert f"{epochs} epochs = {steps} steps" in (ROOT / "README.md").read_text(encoding="utf-8")
+    lr, batch = float(settings["model"]["init_args"]["optimizer"]["lr"]), data["batch_size"]
+    line = f"learning rate {lr:g} x {batch} / 256 = {lr * batch / 256:.4g} ({batch} samples per step), {steps} steps"
+    for page in ("quickstart.md", "configuration.md"):
+        assert line in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
 def test_the_readme_is_short_and_starts_with_a_picture():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) < 150
@@ -78,6 +95,9 @@ def test_command(command, run, tmp_path):
         check_xscale(words[1:], run, tmp_path)
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
+    elif words[0] == "source":
+        venv = re.search(r"^VENV +:= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert venv and words[1] == f"{venv[1]}/bin/activate"
     else:
         assert words[0] in ("pip", "tensorboard")
 
@@ -91,8 +111,8 @@ def check_xscale(words: list[str], run, tmp_path: Path) -> None:
             words = [*words, "--print_config"]
     elif words[0] == "new-method":
         words = [*words, "--into", str(tmp_path)]
-    elif words[0] == "doctor":
-        words = [*words, "--help"]  # it trains for seconds, and has tests of its own
+    elif words[0] in ("doctor", "schema"):
+        words = [*words, "--help"]  # they take seconds, and have tests of their own
     code, out = run(*words)
     assert code == 0, out
     if "--print_config" in words:
