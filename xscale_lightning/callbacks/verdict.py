@@ -92,7 +92,7 @@ def _knn(name: str, record: Record) -> tuple[bool | None, str]:
         return False, f"{text} (step 0: not measured)"
     if record.step_0_split != record.split:
         return False, f"{text} on {record.split} cannot be compared with step 0 ({record.step_0_text()})"
-    if 0 < abs(record.last - record.step_0) < 2 * record.error:
+    if abs(record.last - record.step_0) < 2 * record.error:
         return None, f"{text} is within the noise (± {2 * record.error:.3f}) of its step-0 value {record.step_0:.3f}"
     better = record.last > record.step_0
     return better, f"{text} is {'above' if better else 'not above'} its step-0 value {record.step_0:.3f}"
