@@ -12,11 +12,13 @@ from xscale_lightning.evaluation.reconstruction import (
     percentile_range,
     psnr,
 )
+from xscale_lightning.evaluation.scales import downsample
 
 __all__ = [
     "ErrorSums",
     "bilinear_inpainting",
     "composite",
+    "downsample",
     "effective_rank",
     "error_sums",
     "knn_evaluate",
