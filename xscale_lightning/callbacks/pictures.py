@@ -5,16 +5,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, evaluation_split, run_folder, to_device
+from xscale_lightning.callbacks.probe import (
+    Measurement,
+    ProbeCallback,
+    evaluation_split,
+    publish_picture,
+    run_folder,
+    to_device,
+)
 from xscale_lightning.callbacks.sampling import sample_batches
 from xscale_lightning.callbacks.sources import held_out_loader
-from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.errors import UserError
-from xscale_lightning.evaluation.pictures import composite, picture_grid, save_png, shown_channels, stretch_limits
+from xscale_lightning.evaluation.pictures import composite, picture_grid, shown_channels, stretch_limits
 from xscale_lightning.evaluation.reconstruction import (
     MAX_QUANTILE_VALUES,
     ErrorSums,
@@ -127,8 +132,7 @@ class ReconstructionPictures(ProbeCallback):
     def _draw(
         self, trainer: Trainer, pl_module: LightningModule, target: Tensor, prediction: Tensor, visible: Tensor
     ) -> None:
-        folder = run_folder(trainer)
-        if folder is None:
+        if run_folder(trainer) is None:
             self._explain("no logger, so no run folder; no pictures are written.")
             return
         rows = slice(0, self.num_images)
@@ -143,14 +147,7 @@ class ReconstructionPictures(ProbeCallback):
             composite(prediction, channels, limits),
             composite(torch.where(visible, target, prediction), channels, limits),
         ]
-        picture = picture_grid(columns, TITLES)
-        save_png(picture, folder / "pictures" / f"step_{current_step(trainer):07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # A copy: TensorBoard turns the array into a tensor, which needs a writable one.
-                logger.experiment.add_image(
-                    "reconstruction", picture.copy(), global_step=current_step(trainer), dataformats="HWC"
-                )
+        publish_picture(trainer, picture_grid(columns, TITLES), "reconstruction")
 
 
 def _thinned(target: Tensor, images: int) -> Tensor:

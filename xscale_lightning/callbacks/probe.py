@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.errors import UserError
+from xscale_lightning.evaluation.pictures import save_png
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,23 @@ def run_folder(trainer: Trainer) -> Path | None:
         if folder and "://" not in str(folder):
             return Path(folder)
     return None
+
+
+def publish_picture(trainer: Trainer, picture: np.ndarray, tag: str, prefix: str = "") -> bool:
+    """Write `[height, width, 3]` uint8 to `<run>/pictures/<prefix>step_0000123.png` and, as `tag`, to TensorBoard.
+
+    Returns:
+        Whether there is a run folder; without one nothing is written. To be called on one process only.
+    """
+    folder, step = run_folder(trainer), current_step(trainer)
+    if folder is None:
+        return False
+    save_png(picture, folder / "pictures" / f"{prefix}step_{step:07d}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # A copy: TensorBoard turns the array into a tensor, which needs a writable one.
+            logger.experiment.add_image(tag, picture.copy(), global_step=step, dataformats="HWC")
+    return True
 
 
 @contextmanager
