@@ -101,6 +101,7 @@ SCENES = ("--data.class_path", "SceneFolder", "--data.bands.names", "[B04,B03,B0
         (["--data.class_path", "SceneFolder", "--data.root", "nowhere"], ["nowhere", "does not exist"]),
         (["--data.class_path", "SceneFolder", "--data.root", "."], ["data.root"]),
         (["--knn.k", "0"], ["k", "0"]),
+        (["--knn.scales", "[12.5]"], ["knn.scales: 12.5", "such as 0.125"]),
     ],
 )
 def test_wrong_arguments(run, args, words):

@@ -1,6 +1,6 @@
 """A fixed, representative part of a data set, and its features."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,13 +63,29 @@ def extract_features(
     trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], limit: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Features `[N, D]` float32 and labels `[N]` or `[N, K]` (None where the data has none), on the model's device."""
-    features, labels = [], []
+    (features,), labels = extract_variants(trainer, pl_module, loader, limit, [lambda batch: batch])
+    return features, labels
+
+
+def extract_variants(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loader: DataLoader[Any],
+    limit: int | None,
+    variants: Sequence[Callable[[Batch], Batch]],
+) -> tuple[list[Tensor], Tensor | None]:
+    """Features of several variants of the same images, which are read once; otherwise as `extract_features`."""
+    features: list[list[Tensor]] = [[] for _ in variants]
+    labels = []
+    batches = 0
     for raw in sample_batches(loader, limit):
         batch = to_device(trainer, pl_module, raw)
-        with trainer.precision_plugin.forward_context():
-            features.append(pl_module.features(batch).float())  # type: ignore[operator]
+        for found, variant in zip(features, variants, strict=True):
+            with trainer.precision_plugin.forward_context():
+                found.append(pl_module.features(variant(batch)).float())  # type: ignore[operator]
         if "label" in batch:
             labels.append(batch["label"])
-    if not features:
-        return torch.empty(0, 0, device=pl_module.device), None
-    return torch.cat(features), torch.cat(labels) if len(labels) == len(features) else None
+        batches += 1
+    if not batches:
+        return [torch.empty(0, 0, device=pl_module.device) for _ in variants], None
+    return [torch.cat(found) for found in features], torch.cat(labels) if len(labels) == batches else None

@@ -1,6 +1,7 @@
 """What a run's figures say, in one plain sentence. Pure functions on records."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -44,8 +45,12 @@ def format_value(value: float) -> str:
 
 
 def is_knn(name: str) -> bool:
-    """Whether a metric tells by itself whether neighbours share labels."""
-    return name.startswith("knn/") and name.endswith(("/top1", "/map_micro"))
+    """Whether a metric tells by itself whether neighbours share labels.
+
+    One per data set, that of the native size: scores of the same images at other scales are no further evidence.
+    """
+    scaled = re.fullmatch(r"knn/.+/(scale_[^/]+|mean_over_scales)/[^/]+", name)
+    return name.startswith("knn/") and name.endswith(("/top1", "/map_micro")) and not scaled
 
 
 def verdict(records: Mapping[str, Record]) -> str:
