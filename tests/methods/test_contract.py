@@ -2,7 +2,11 @@
 
 import pytest
 
+from xscale_lightning.data.scale_view import ScaleView
+from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
+from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.testing import check_method
 
 SMALL_DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
@@ -11,3 +15,15 @@ SMALL_DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
 @pytest.mark.parametrize("options", [{}, {"norm_pix_loss": True, "mask_ratio": 0.5}])
 def test_mae_passes_the_contract_suite(options):
     check_method(MAE, **SMALL_DECODER, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_view": ScaleView(scale=(1.0, 1.0), sizes=[16, 32])}])
+def test_cross_scale_mae_passes_the_contract_suite(options):
+    check_method(CrossScaleMAE, **SMALL_DECODER, predictor_dim=16, **options)
+
+
+@pytest.mark.parametrize("preset", ["published", "paper"])
+def test_cross_scale_mae_as_published_passes_the_contract_suite(preset):
+    backbone = BackboneConfig("vit_tiny_patch8", depth=2, image_size=32)
+    options = {"recipe": Recipe(preset=preset), "backbone": backbone, "predictor_dim": 16}
+    check_method(CrossScaleMAE, size=(32, 32), **SMALL_DECODER, **options)

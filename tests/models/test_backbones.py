@@ -60,7 +60,7 @@ def test_gsd_positions_change_the_output_and_need_gsd():
 def test_packed_encoding_equals_separate_encoding():
     backbone = build("vit_tiny_patch8", depth=2).double()
     a, b = torch.randn(2, 3, 32, 32).double(), torch.randn(3, 3, 16, 40).double()
-    packed = backbone.encode_packed([backbone.embed(a), backbone.embed(b)])
+    packed = backbone.encode_together([backbone.embed(a), backbone.embed(b)])
     for tokens, images in zip(packed, (a, b), strict=True):
         assert (tokens.x - backbone(images).x).abs().max() < 1e-12
 

@@ -11,7 +11,8 @@ from xscale_lightning.models.pos_embed import GSDPositions, LearnedPositions, Si
 
 def test_sincos_is_the_formula_with_columns_first():
     dim, height, width = 16, 3, 5
-    table = SinCosPositions(dim)((height, width), like=torch.zeros(1, dtype=torch.float64))[0]
+    steps = [torch.arange(n, dtype=torch.float64) for n in (height, width)]
+    table = sincos_2d(dim, *steps)
     for row in range(height):
         for column in range(width):
             expected = []
@@ -22,17 +23,18 @@ def test_sincos_is_the_formula_with_columns_first():
             assert (got - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
 
 
-def test_float32_table_is_the_rounded_float64_table():
+def test_tables_are_the_formula_rounded_to_float32_as_published_ones():
     single = SinCosPositions(8)((4, 4), like=torch.zeros(1))
     double = SinCosPositions(8)((4, 4), like=torch.zeros(1, dtype=torch.float64))
-    assert torch.equal(single, double.float())
+    exact = sincos_2d(8, *(torch.arange(4, dtype=torch.float64),) * 2)
+    assert torch.equal(single, exact.float()[None]) and torch.equal(double, single.double())
 
 
 def test_gsd_positions_scale_with_metres_per_pixel():
     positions = GSDPositions(16, reference_gsd=10.0)
     like = torch.zeros(1, dtype=torch.float64)
     table = positions((3, 4), like, gsd=torch.tensor([10.0, 20.0, 5.0]))
-    plain = SinCosPositions(16)((6, 8), like)[0].reshape(6, 8, 16)
+    plain = sincos_2d(16, *(torch.arange(n, dtype=torch.float64) for n in (6, 8))).reshape(6, 8, 16)
     assert (table[0].reshape(3, 4, 16) - plain[:3, :4]).abs().max() < 1e-12
     assert (table[1].reshape(3, 4, 16) - plain[::2, ::2]).abs().max() < 1e-12  # 20 m: every second position of 10 m
     assert (table[2].reshape(3, 4, 16)[::2, ::2] - plain[:2, :2]).abs().max() < 1e-12

@@ -12,7 +12,10 @@ from importlib.metadata import EntryPoint, entry_points
 from xscale_lightning.errors import UserError
 
 GROUP = "xscale_lightning.methods"
-BUILT_IN = {"mae": "xscale_lightning.methods.mae:MAE"}
+BUILT_IN = {
+    "mae": "xscale_lightning.methods.mae:MAE",
+    "cross_scale_mae": "xscale_lightning.methods.cross_scale_mae:CrossScaleMAE",
+}
 
 
 @cache

@@ -1,13 +1,15 @@
 """Decoders that the methods put behind an encoder."""
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.pos_embed import SinCosPositions
-from xscale_lightning.models.tokens import Tokens, gather
-from xscale_lightning.models.vit import Block, init_weights
+from xscale_lightning.models.pos_embed import GSDPositions, SinCosPositions
+from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
+from xscale_lightning.models.vit import Block, BlockNorm, init_weights
 
 
 class MAEDecoder(nn.Module):
@@ -19,6 +21,10 @@ class MAEDecoder(nn.Module):
         dim: width of the decoder.
         depth: number of blocks.
         num_heads: attention heads.
+        mlp_ratio: width of the MLPs over `dim`.
+        block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
+        norm_eps: of the blocks' LayerNorms.
+        reference_gsd: metres per pixel at which positions scaled by the gsd equal plain ones; None does not scale.
 
     Source: He et al. 2022, section 3; sizes 512 x 8 x 16 in its appendix A.1.
 
@@ -26,35 +32,61 @@ class MAEDecoder(nn.Module):
         UserError: a width that the heads do not divide.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, dim: int = 512, depth: int = 8, num_heads: int = 16) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        block_norm: BlockNorm = "pre",
+        norm_eps: float = 1e-6,
+        reference_gsd: float | None = None,
+    ) -> None:
         super().__init__()
         if dim % num_heads:
             raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change one of them.")
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = SinCosPositions(dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.positions = SinCosPositions(dim) if reference_gsd is None else GSDPositions(dim, reference_gsd)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio=mlp_ratio, block_norm=block_norm, norm_eps=norm_eps) for _ in range(depth)
+        )
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def decode(self, tokens: Tokens) -> Tensor:
-        """Decoder tokens of the whole grid after the last norm, prefix included: `[B, P + L, dim]`."""
+    def fill(self, tokens: Tokens, gsd: Tensor | None = None) -> Tensor:
+        """Input of the blocks: embedded tokens, mask tokens in the gaps, positions: `[B, P + L, dim]`."""
         x = self.embed(tokens.x)  # [B, P + K, dim]
         prefix, visible = x[:, : tokens.num_prefix], x[:, tokens.num_prefix :]
-        positions = self.positions(tokens.grid[1:], like=visible)
+        positions = self.positions(tokens.grid[1:], like=visible, gsd=gsd)
         if tokens.kept is None:
             full = visible + positions
         else:
             index = tokens.kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
             full = self.mask_token.to(x.dtype).expand(len(x), tokens.length, -1).scatter(1, index, visible) + positions
-        x = torch.cat([prefix, full], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return torch.cat([prefix, full], dim=1)
 
-    def forward(self, tokens: Tokens, predict: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tokens, gsd: Tensor | None = None) -> Tensor:
+        """Decoder tokens of the whole grid after the last norm, prefix included: `[B, P + L, dim]`."""
+        return self.decode_together([tokens], [gsd])[0]
+
+    def decode_together(self, batches: Sequence[Tokens], gsds: Sequence[Tensor | None]) -> list[Tensor]:
+        """`decode` of several token batches in one pass; grids of different size are packed into one row."""
+        parts = [self.fill(tokens, gsd) for tokens, gsd in zip(batches, gsds, strict=True)]
+        if len({x.shape[1] for x in parts}) == 1:
+            x, seqlens = torch.cat(parts), None
+        else:
+            x, seqlens = pack(parts)
+        for block in self.blocks:
+            x = block(x, seqlens=seqlens)
+        x = self.norm(x)
+        return list(x.split([len(part) for part in parts])) if seqlens is None else unpack(x, parts)
+
+    def forward(self, tokens: Tokens, predict: Tensor | None = None, gsd: Tensor | None = None) -> Tensor:
         """Predicted values `[B, L, out_dim]`, or `[B, M, out_dim]` at the flat grid indices `predict [B, M]`."""
-        x = self.decode(tokens)[:, tokens.num_prefix :]
+        x = self.decode(tokens, gsd)[:, tokens.num_prefix :]
         return self.pred(x if predict is None else gather(x, predict))

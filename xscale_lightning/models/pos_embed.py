@@ -57,7 +57,10 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 class SinCosPositions(nn.Module):
-    """Fixed 2-D sin-cos positions at the integer patch coordinates (MAE), computed once per grid and kept."""
+    """Fixed 2-D sin-cos positions at the integer patch coordinates (MAE), computed once per grid and kept.
+
+    The values are rounded to float32, as in every published table, so float64 runs reproduce published numbers too.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class SinCosPositions(nn.Module):
         key = (*grid, like.dtype, like.device)
         if key not in self._cache:
             height, width = (torch.arange(n, dtype=torch.float64) for n in grid)
-            self._cache[key] = sincos_2d(self.dim, height, width).to(like).unsqueeze(0)
+            self._cache[key] = sincos_2d(self.dim, height, width).float().to(like).unsqueeze(0)
         return self._cache[key]
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.timm_vit import TimmViT
-from xscale_lightning.models.vit import Encoder, Pool, Position, ViT
+from xscale_lightning.models.vit import BlockNorm, Encoder, Pool, Position, ViT
 
 
 @dataclass
@@ -22,8 +22,22 @@ class BackboneConfig:
     """Pixels per side that a learned position table is made for; other positions do not need it."""
     class_token: bool = True
     """Prepend a class token."""
+    patch_size: int | None = None
+    """Pixels per side of a patch, when another than the name's."""
+    dim: int | None = None
+    """Width, when another than the name's."""
     depth: int | None = None
     """Number of blocks, when another than the name's."""
+    num_heads: int | None = None
+    """Number of attention heads, when another than the name's."""
+    mlp_ratio: float = 4.0
+    """Width of the MLPs over that of the blocks."""
+    block_norm: BlockNorm = "pre"
+    """LayerNorm before (`pre`) or after (`post`) attention and MLP of every block."""
+    norm_eps: float = 1e-6
+    """Epsilon of the blocks' LayerNorms."""
+    final_norm: bool = True
+    """Apply the LayerNorm after the last block; without, it stays in checkpoints as a frozen, unused parameter."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block."""
     pool: Pool = "mean"
@@ -35,8 +49,13 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no backbone can have."""
-        if self.depth is not None and self.depth < 1:
-            raise UserError(f"backbone.depth must be at least 1, got {self.depth}.")
+        for name in ("patch_size", "dim", "depth", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"backbone.{name} must be at least 1, got {value}.")
+        for name in ("mlp_ratio", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"backbone.{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"backbone.drop_path must be in [0, 1), got {self.drop_path}.")
 
@@ -88,8 +107,9 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
     if in_chans < 1:
         raise UserError(f"a backbone needs at least one band, got in_chans={in_chans}.")
     if name.startswith("timm:"):
-        if config.position != "sincos" or config.depth is not None or not config.class_token:
-            raise UserError(f"backbone {name!r} brings its own positions, depth and tokens: leave these options out.")
+        changed = [n for n in _OWN if getattr(config, n) != getattr(BackboneConfig, n)]
+        if changed:
+            raise UserError(f"backbone {name!r} brings its own {changed[0]}: leave this option out.")
         return TimmViT(name[5:], in_chans, config.pretrained, config.drop_path, config.pool)
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=3) or list(_FACTORIES)[:3]
@@ -98,6 +118,12 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
         raise UserError(f"backbone {name!r} has no weights of its own: pretrained is for 'timm:NAME' backbones.")
     return _FACTORIES[name](in_chans, config)
 
+
+# What a timm model decides by itself.
+_OWN = (
+    *("position", "class_token", "patch_size", "dim", "depth", "num_heads"),
+    *("mlp_ratio", "block_norm", "norm_eps", "final_norm"),
+)
 
 # timm's sizes: width, depth, heads.
 SIZES = {
@@ -114,16 +140,20 @@ def _vit(in_chans: int, config: BackboneConfig, size: str, patch: int) -> ViT:
     dim, depth, heads = SIZES[size]
     return ViT(
         in_chans,
-        patch,
-        dim,
+        config.patch_size or patch,
+        config.dim or dim,
         config.depth or depth,
-        heads,
+        config.num_heads or heads,
         position=config.position,
         image_size=(config.image_size, config.image_size),
         class_token=config.class_token,
         drop_path=config.drop_path,
         pool=config.pool,
         reference_gsd=config.reference_gsd,
+        mlp_ratio=config.mlp_ratio,
+        block_norm=config.block_norm,
+        norm_eps=config.norm_eps,
+        final_norm=config.final_norm,
     )
 
 

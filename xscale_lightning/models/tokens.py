@@ -1,5 +1,6 @@
 """What a tokenizer or an encoder hands on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,3 +68,15 @@ class Tokens:
 def gather(x: Tensor, ids: Tensor) -> Tensor:
     """Rows of `x [B, N, D]` at `ids [B, K]` -> `[B, K, D]`."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def pack(batches: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """Sequences of batches `[B_i, N_i, D]` in one row `[1, sum B_i N_i, D]`, and their lengths for `attend`."""
+    seqlens = tuple(x.shape[1] for x in batches for _ in range(x.shape[0]))
+    return torch.cat([x.flatten(0, 1) for x in batches]).unsqueeze(0), seqlens
+
+
+def unpack(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Undo `pack`: `[1, sum, D]` -> one `[B_i, N_i, D]` per entry of `like [B_i, N_i, ...]`."""
+    parts = row[0].split([x.shape[0] * x.shape[1] for x in like])
+    return [part.unflatten(0, x.shape[:2]) for part, x in zip(parts, like, strict=True)]

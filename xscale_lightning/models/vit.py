@@ -1,6 +1,8 @@
 """The Vision Transformer encoder: timm's blocks with our attention, any band count, any image size."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,25 +14,44 @@ from xscale_lightning.errors import UserError
 from xscale_lightning.models.attention import Attention
 from xscale_lightning.models.pos_embed import GSDPositions, LearnedPositions, SinCosPositions, resize_table
 from xscale_lightning.models.tokenizers import PatchEmbed, check_divides
-from xscale_lightning.models.tokens import Tokens, gather
+from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
 
 Position = Literal["sincos", "learned", "gsd"]
 Pool = Literal["mean", "cls"]
+BlockNorm = Literal["pre", "post"]
 
 
 class Block(TimmBlock):
-    """timm's pre-norm block with `attend`; parameter names are timm's."""
+    """timm's block with `attend`; parameter names are timm's.
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0, mlp_ratio: float = 4.0) -> None:
+    Args:
+        dim: width.
+        num_heads: attention heads.
+        drop_path: stochastic depth.
+        mlp_ratio: width of the MLP over that of the block.
+        block_norm: `pre`, x + f(norm(x)), or `post`, norm(x + f(x)) (Vaswani et al. 2017).
+        norm_eps: of both LayerNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
+        block_norm: BlockNorm = "pre",
+        norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__(
             dim,
             num_heads,
             mlp_ratio=mlp_ratio,
             qkv_bias=True,
             drop_path=drop_path,
-            norm_layer=LayerNorm,
+            norm_layer=partial(LayerNorm, eps=norm_eps),  # type: ignore[arg-type]
             attn_layer=Attention,
         )
+        self.post_norm = block_norm == "post"
 
     def forward(
         self,
@@ -40,6 +61,9 @@ class Block(TimmBlock):
         seqlens: tuple[int, ...] | None = None,
     ) -> Tensor:
         """One block over `x [B, N, D]`; `seqlens` as in `attend`."""
+        if self.post_norm:
+            x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, attn_mask, is_causal, seqlens))))
+            return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask, is_causal, seqlens)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -78,6 +102,18 @@ class Encoder(nn.Module):
         """Encode `images [B, C, H, W]`; only the patches at flat grid indices `keep [B, K]` when given."""
         return self.encode(self.embed(images, gsd, keep))
 
+    def encode_together(self, batches: Sequence[Tokens]) -> list[Tokens]:
+        """Encode several token batches in one pass; this needs sequences of equal length.
+
+        Raises:
+            UserError: the lengths differ and this backbone cannot pack.
+        """
+        if len({tokens.x.shape[1] for tokens in batches}) > 1:
+            raise UserError(f"{type(self).__name__} cannot encode views of different sizes in one pass: use vit_*.")
+        whole = self.encode(replace(batches[0], x=torch.cat([tokens.x for tokens in batches]), kept=None))
+        parts = whole.x.split([len(tokens.x) for tokens in batches])
+        return [replace(tokens, x=x) for tokens, x in zip(batches, parts, strict=True)]
+
     def grid(self, images: Tensor) -> tuple[int, int, int]:
         """Token grid `(G, H, W)` of `images [B, C, H, W]`."""
         height, width = images.shape[-2:]
@@ -110,9 +146,14 @@ class ViT(Encoder):
         drop_path: stochastic depth, rising linearly to this rate.
         pool: how `pool` makes one vector of the tokens.
         reference_gsd: metres per pixel at which `gsd` positions equal plain sin-cos.
+        mlp_ratio: width of the MLPs over D.
+        block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
+        norm_eps: of the blocks' LayerNorms.
+        final_norm: apply the LayerNorm after the last block; without, it stays as a frozen, unused parameter.
 
     Raises:
-        UserError: `pool='cls'` without a class token, or a learned table for a size that the patch does not divide.
+        UserError: a width that the heads do not divide, `pool='cls'` without a class token, or a learned table for
+            a size that the patch does not divide.
     """
 
     def __init__(
@@ -128,8 +169,14 @@ class ViT(Encoder):
         drop_path: float = 0.0,
         pool: Pool = "mean",
         reference_gsd: float = 10.0,
+        mlp_ratio: float = 4.0,
+        block_norm: BlockNorm = "pre",
+        norm_eps: float = 1e-6,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise UserError(f"backbone width {dim} is not divisible by its {num_heads} heads: change one of them.")
         if pool == "cls" and not class_token:
             raise UserError("pool 'cls' needs a class token: set class_token to true or pool to 'mean'.")
         self.in_chans, self.patch_size, self.num_features, self.depth = in_chans, patch_size, dim, depth
@@ -144,8 +191,9 @@ class ViT(Encoder):
         else:
             self.positions = GSDPositions(dim, reference_gsd) if position == "gsd" else SinCosPositions(dim)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
-        self.norm = LayerNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, rate, mlp_ratio, block_norm, norm_eps) for rate in rates)
+        self.norm = LayerNorm(dim).requires_grad_(final_norm)
+        self.final_norm = final_norm
         self.apply(init_weights)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -167,17 +215,18 @@ class ViT(Encoder):
         x = tokens.x
         for block in self.blocks:
             x = block(x)
-        return Tokens(self.norm(x), tokens.grid, tokens.kept, tokens.num_prefix)
+        return replace(tokens, x=self.norm(x) if self.final_norm else x)
 
-    def encode_packed(self, batches: Sequence[Tokens]) -> list[Tokens]:
-        """Encode token batches of different lengths in one pass, packed into one row: nothing padded, nothing cut."""
-        rows = [tokens.x.flatten(0, 1) for tokens in batches]  # [B_i * N_i, D]
-        seqlens = tuple(t.x.shape[1] for t in batches for _ in range(t.x.shape[0]))
-        x = torch.cat(rows).unsqueeze(0)  # [1, sum, D]
+    def encode_together(self, batches: Sequence[Tokens]) -> list[Tokens]:
+        """Encode several token batches in one pass; those of different lengths are packed into one row."""
+        if len({tokens.x.shape[1] for tokens in batches}) == 1:
+            return super().encode_together(batches)
+        rows, seqlens = pack([tokens.x for tokens in batches])
         for block in self.blocks:
-            x = block(x, seqlens=seqlens)
-        parts = self.norm(x)[0].split([len(row) for row in rows])
-        return [Tokens(p.reshape(t.x.shape), t.grid, t.kept, t.num_prefix) for p, t in zip(parts, batches, strict=True)]
+            rows = block(rows, seqlens=seqlens)
+        rows = self.norm(rows) if self.final_norm else rows
+        parts = unpack(rows, [tokens.x for tokens in batches])
+        return [replace(tokens, x=x) for tokens, x in zip(batches, parts, strict=True)]
 
     def load_timm_state_dict(self, weights: dict[str, Tensor]) -> list[str]:
         """Load the weights of timm's `VisionTransformer` of the same size; returns the names that found no use (head).

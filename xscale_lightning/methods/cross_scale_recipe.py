@@ -1,0 +1,95 @@
+"""The switches of Cross-Scale MAE: where the published code, the paper's figure and our comparisons differ."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from xscale_lightning.data.scale_view import CropPer
+from xscale_lightning.errors import UserError
+from xscale_lightning.models.predictors import PredictorNorm
+from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.models.vit import BlockNorm
+
+Preset = Literal["recommended", "published", "paper"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset, and switches that differ from it; a switch that is null is the preset's."""
+
+    preset: Preset = "recommended"
+    """`published`: what the authors' launch script runs; `paper`: the paper's figure where it differs from that code;
+    `recommended`: what did best in our comparisons (docs/methods/cross_scale_mae.md)."""
+    block_norm: BlockNorm | None = None
+    """LayerNorm before (`pre`) or after (`post`, as the published launch script builds it) attention and MLP."""
+    norm_eps: float | None = None
+    """Epsilon of these LayerNorms: 1e-5 in the published post-norm blocks, 1e-6 in the pre-norm ones."""
+    encoder_norm: bool | None = None
+    """Apply the LayerNorm after the encoder's last block (figure); the published code discards its result."""
+    reconstruction: Literal["sum", "mean"] | None = None
+    """L_re is the sum (code) or the mean (figure) of the two views' losses."""
+    positive_in_denominator: bool | None = None
+    """NT-Xent as in SimCLR; the published code leaves the positive out (decoupled)."""
+    predictor_norm: PredictorNorm | None = None
+    """Batch norm per patch position (`bn_position`, code; it ties the predictor to one grid), batch norm per hidden
+    unit (`bn_channel`), or LayerNorm (`ln`)."""
+    stop_gradient: bool | None = None
+    """Keep L_cp from moving its target y_A."""
+    crop_per: CropPer | None = None
+    """One scale crop per `batch` (code) or per `sample`."""
+    shared_mask: bool | None = None
+    """The same mask for both views; the published trainer draws two."""
+    align: Literal["index", "ground"] | None = None
+    """Token i of B predicts token i of A (`index`, code), or A at the same place on the ground (`ground`)."""
+
+    def resolve(self) -> "Recipe":
+        """This recipe with every switch set."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(PRESETS[self.preset], **given)
+
+    def apply(self, backbone: BackboneConfig) -> BackboneConfig:
+        """`backbone` with the norms of this (resolved) recipe.
+
+        Raises:
+            UserError: the backbone's configuration asks for others.
+        """
+        wanted = {"block_norm": self.block_norm, "norm_eps": self.norm_eps, "final_norm": self.encoder_norm}
+        for name, value in wanted.items():
+            asked = getattr(backbone, name)
+            if asked not in (value, getattr(BackboneConfig, name)):
+                switch = "encoder_norm" if name == "final_norm" else name
+                raise UserError(f"backbone.{name} is {asked} and the recipe's {value}: set recipe.{switch} instead.")
+        return replace(backbone, **wanted)
+
+
+PUBLISHED = Recipe(
+    preset="published",
+    block_norm="post",
+    norm_eps=1e-5,
+    encoder_norm=False,
+    reconstruction="sum",
+    positive_in_denominator=False,
+    predictor_norm="bn_position",
+    stop_gradient=False,
+    crop_per="batch",
+    shared_mask=False,
+    align="index",
+)
+PRESETS: dict[Preset, Recipe] = {
+    "published": PUBLISHED,
+    "paper": replace(
+        PUBLISHED, preset="paper", block_norm="pre", norm_eps=1e-6, encoder_norm=True, reconstruction="mean"
+    ),
+    "recommended": Recipe(
+        preset="recommended",
+        block_norm="pre",
+        norm_eps=1e-6,
+        encoder_norm=True,
+        reconstruction="mean",
+        positive_in_denominator=False,
+        predictor_norm="ln",
+        stop_gradient=True,
+        crop_per="sample",
+        shared_mask=False,
+        align="ground",
+    ),
+}

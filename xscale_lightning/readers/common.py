@@ -1,0 +1,112 @@
+"""What the readers of published checkpoints share: opening, renaming, fused projections, strict loading."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xscale_lightning.errors import UserError
+
+State = dict[str, Tensor]
+Rule = tuple[str, str]  # pattern of a whole name, replacement
+
+
+def open_published(path: str | Path) -> State:
+    """The state dict of a checkpoint file, without running code from it.
+
+    Published files hold the weights at the top, or under `model` or `state_dict`, beside the run's arguments.
+
+    Raises:
+        UserError: no such file, damaged, with content that could run code, or without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # holds plain values only
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files and unsafe content
+        raise UserError(f"checkpoint {str(path)!r} is not opened: {str(error).splitlines()[0]}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    state = {n: v for n, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not state:
+        raise UserError(f"checkpoint {str(path)!r} holds no weights.")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def rename(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[State, list[str]]:
+    """Names by the first rule whose pattern matches the whole name; and the names that no rule knows."""
+    renamed, unknown = {}, []
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            if re.fullmatch(pattern, name):
+                renamed[re.sub(pattern, replacement, name)] = value
+                break
+        else:
+            unknown.append(name)
+    return renamed, unknown
+
+
+def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> State:
+    """Join tensors whose names differ in one of `parts` (say `q_proj`, `k_proj`, `v_proj`) row-wise into `whole`.
+
+    Raises:
+        UserError: one of the parts is missing.
+    """
+    fused: State = {}
+    for name, value in state.items():
+        found = next((part for part in parts if f".{part}." in name), None)
+        if found is None:
+            fused[name] = value
+        elif found == parts[0]:
+            siblings = [name.replace(f".{found}.", f".{part}.") for part in parts]
+            missing = [sibling for sibling in siblings if sibling not in state]
+            if missing:
+                raise UserError(f"the checkpoint has {name!r} and lacks {missing[0]!r}.")
+            fused[name.replace(f".{found}.", f".{whole}.")] = torch.cat([state[sibling] for sibling in siblings])
+    return fused
+
+
+def split(state: Mapping[str, Tensor], whole: str, parts: Sequence[str]) -> State:
+    """Undo `fuse`."""
+    out: State = {}
+    for name, value in state.items():
+        if f".{whole}." in name:
+            for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
+                out[name.replace(f".{whole}.", f".{part}.")] = rows
+        else:
+            out[name] = value
+    return out
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], unknown: Sequence[str], source: str) -> None:
+    """Load every tensor, or nothing at all.
+
+    Raises:
+        UserError: the first tensors of `source` that are unknown, missing or of another shape, and how many there are.
+    """
+    ours = module.state_dict()
+    shapes = [
+        f"{name} is {list(value.shape)} there and {list(ours[name].shape)} here"
+        for name, value in state.items()
+        if name in ours and value.shape != ours[name].shape
+    ]
+    problems = {
+        "unknown": [*unknown, *(name for name in state if name not in ours)],
+        "missing": [name for name in ours if name not in state],
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {what}, first {names[0]}" for what, names in problems.items() if names]
+    if found:
+        raise UserError(f"{source} does not fit {type(module).__name__}: tensors {'; '.join(found)}.")
+    module.load_state_dict(dict(state))
+
+
+def block_count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks `prefix<i>.` in a state dict."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
