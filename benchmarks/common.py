@@ -123,6 +123,10 @@ class ReferenceMAE(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Loss of `images [B, C, H, W]`; the patches with the lowest `noise [B, L]` stay visible."""
+        return self.view(images, noise)[2]
+
+    def view(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder tokens `[B, 1 + K, D]`, decoder tokens `[B, 1 + L, d]` and the loss."""
         encoder, decoder, size = self.backbone, self.decoder, self.size
         keep = int(size.tokens * (1 - size.mask_ratio))
         order = noise.argsort(dim=1)
@@ -132,18 +136,20 @@ class ReferenceMAE(nn.Module):
         x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in encoder.blocks:
             x = block(x)
-        x = decoder.embed(encoder.norm(x))
+        encoded = encoder.norm(x)
+        x = decoder.embed(encoded)
         full = torch.cat([x[:, 1:], decoder.mask_token.expand(len(x), size.tokens - keep, -1)], dim=1)
         full = full.gather(1, back.unsqueeze(-1).expand_as(full)) + self.decoder_positions
         x = torch.cat([x[:, :1], full], dim=1)
         for block in decoder.blocks:
             x = block(x)
-        prediction = decoder.pred(decoder.norm(x))[:, 1:]  # [B, L, p * p * C]
+        decoded = decoder.norm(x)
+        prediction = decoder.pred(decoded)[:, 1:]  # [B, L, p * p * C]
         side, p = size.image // size.patch, size.patch
         target = images.reshape(len(images), size.bands, side, p, side, p).permute(0, 2, 4, 3, 5, 1)
         target = target.reshape(prediction.shape)
         mask = (back >= keep).float()
-        return ((prediction - target).square().mean(-1) * mask).sum() / mask.sum()
+        return encoded, decoded, ((prediction - target).square().mean(-1) * mask).sum() / mask.sum()
 
 
 def synthetic_images(size: Size, device: torch.device, batch: int | None = None) -> Tensor:

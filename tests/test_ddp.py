@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Subset
 from xscale_lightning.data.bands import generic
 from xscale_lightning.data.datamodule import Collate
 from xscale_lightning.data.synthetic import SyntheticDataset
+from xscale_lightning.data.scale_view import ScaleView
+from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.testing import NO_VIEWS, _PerSampleNoise
@@ -26,7 +28,11 @@ from xscale_lightning.testing import NO_VIEWS, _PerSampleNoise
 torch.set_num_threads(1)
 BATCH = 8
 
-class SameMasks(MAE):
+METHOD = {"mae": MAE, "cross_scale_mae": CrossScaleMAE}[sys.argv[2]]
+# The whole image as second view: its box is the same in both runs, its mask is not the first view's.
+OPTIONS = {"mae": {}, "cross_scale_mae": {"gather_negatives": True, "scale_view": ScaleView((1, 1), (1, 1))}}
+
+class SameMasks(METHOD):
     # A sample's mask depends on the sample alone, so that both runs see the same ones.
     def step(self, batch):
         with _PerSampleNoise(self.global_rank * BATCH // self.trainer.world_size):
@@ -51,7 +57,8 @@ def train(path, **options):
     torch.manual_seed(0)
     backbone = BackboneConfig("vit_tiny_patch8", depth=2)
     module = SameMasks(
-        bands=generic(3), backbone=backbone, views=NO_VIEWS, decoder_dim=32, decoder_depth=1, decoder_heads=4
+        bands=generic(3), backbone=backbone, views=NO_VIEWS, decoder_dim=32, decoder_depth=1, decoder_heads=4,
+        **OPTIONS[sys.argv[2]],
     ).double()
     Trainer(
         max_steps=1, accelerator="cpu", use_distributed_sampler=False, logger=False, enable_checkpointing=False,
@@ -94,9 +101,10 @@ def processes_that_name(text: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forked")
-def test_two_processes_have_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("method", ["mae", "cross_scale_mae"])
+def test_two_processes_have_the_gradients_of_one(method, tmp_path):
     (tmp_path / "train.py").write_text(GRADIENTS)
-    run("train.py", str(tmp_path), cwd=tmp_path)
+    run("train.py", str(tmp_path), method, cwd=tmp_path)
     two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("two.pt", "one.pt"))
     assert (two["world"], one["world"]) == (2, 1)
     assert two["lr"] == one["lr"] == pytest.approx(1.5e-4 * 8 / 256)

@@ -9,6 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from xscale_lightning.data.scale_view import View
+from xscale_lightning.masking import random_mask
+from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.methods.discovery import method_entries
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -47,6 +50,34 @@ def test_the_reference_computes_the_same_loss_from_the_same_weights(load):
     gradients = dict(reference.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_cross_scale_reference_computes_the_same_loss_from_the_same_weights(load):
+    load("common")
+    script = load("cross_scale")
+    size = script.SIZES["smallest"]
+    ours, reference = script.build(size, Recipe(preset="paper")), script.ReferenceCrossScale(size)
+    reference.load_state_dict(ours.state_dict())
+    images, second = torch.randn(2, 3, size.bands, size.image, size.image)
+    noise = torch.rand(2, 3, size.tokens)
+    masks = [random_mask(part, size.mask_ratio) for part in noise]
+    loss = ours.train().loss(View(images), View(second), *masks).loss
+    expected = reference.train()(images, noise[0], second, noise[1])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cross_scale_times_every_variant(load, tmp_path):
+    load("common")
+    script = load("cross_scale")
+    script.main(["--size", "smallest", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
+    variants = json.loads((tmp_path / "cross_scale.json").read_text())["sizes"]["smallest"]["variants"]
+    assert {"reference float32", "recommended math", "recommended sdpa", "paper math", "mae auto"} <= set(variants)
+    assert variants["reference float32"]["ratio"] == 1 and all(v["images_per_s"] > 0 for v in variants.values())
 
 
 def test_train_step_measures_both_and_writes_json(load, tmp_path, capsys):
