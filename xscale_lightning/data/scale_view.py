@@ -78,7 +78,8 @@ class ScaleView:
         return View(images, None if view.gsd is None else view.gsd * zoom(boxes, size).to(view.gsd), boxes)
 
     def _per_sample(self, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        boxes = random_boxes(len(images), tuple(images.shape[-2:]), size, self.scale, self.ratio, images.device)
+        batch, _, height, width = images.shape
+        boxes = random_boxes(batch, (height, width), size, self.scale, self.ratio, images.device)
         return crop_resize(images, boxes, size, self.interpolation), boxes
 
     def _per_batch(self, images: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

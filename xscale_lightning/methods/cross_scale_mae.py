@@ -104,14 +104,14 @@ class CrossScaleMAE(SSLModule):
             backbone.reference_gsd if backbone.position == "gsd" else None,
         )
         positions = (backbone.image_size // self.patch_size) ** 2
-        self.predictor = MLPPredictor(decoder_dim, predictor_dim, recipe.predictor_norm, positions)  # q
+        self.predictor = MLPPredictor(decoder_dim, predictor_dim, recipe.predictor_norm or "ln", positions)  # q
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss of `batch["image"] [B, C, H, W]`, view A, and a view B cut out of it."""
         first = View(batch["image"], batch.get("gsd"))
-        second = self.scale_view(first, self.recipe.crop_per)
+        second = self.scale_view(first, self.recipe.crop_per or "sample")
         masks = [self._draw_mask(view.images) for view in (first, second)]
         if self.recipe.shared_mask:
             masks[1] = masks[0]
@@ -163,6 +163,7 @@ class CrossScaleMAE(SSLModule):
         keys, first = None, 0
         if self.gather_negatives and self._trainer is not None and self.trainer.world_size > 1:
             gathered = self.all_gather(torch.cat([a, b]), sync_grads=True)  # [W, 2B, D]
+            assert isinstance(gathered, Tensor)
             keys, first = gathered.flatten(0, 1), self.global_rank * 2 * len(a)
         return nt_xent(a, b, self.temperature, bool(self.recipe.positive_in_denominator), keys, first)
 
