@@ -127,6 +127,12 @@ def test_pictures_show_view_a():
     assert result.visible.double().mean() == 0.25
 
 
+@pytest.mark.parametrize(("block_norm", "eps"), [("pre", 1e-6), ("post", 1e-5)])
+def test_published_blocks_of_each_kind_have_their_epsilon(block_norm, eps):
+    assert Recipe(preset="published", block_norm=block_norm).resolve().norm_eps == eps
+    assert Recipe(preset="published", block_norm=block_norm, norm_eps=1e-3).resolve().norm_eps == 1e-3
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_every_switch_and_single_ones_override(preset):
     recipe = Recipe(preset=preset).resolve()
@@ -162,6 +168,7 @@ def test_impossible_arguments_are_refused(options, backbone, message):
     [
         ({"recipe": Recipe(predictor_norm="bn_position")}, "bn_position is made for 16 patches"),
         ({"scale_view": ScaleView(sizes=[4])}, "smaller than a patch"),
+        ({"scale_view": ScaleView(scale=(0.01, 0.5))}, "a crop of 6.4 pixels, smaller than a patch of 8"),
         ({"scale_view": ScaleView(sizes=[36])}, "does not divide"),
         ({"scale_view": ScaleView(sizes=[8]), "mask_ratio": 0.75}, "leaves none"),
         ({"scale_view": ScaleView(sizes=[32]), "recipe": Recipe(align="index")}, "align"),

@@ -161,7 +161,7 @@ class CrossScaleMAE(SSLModule):
     def _contrastive(self, a: Tensor, b: Tensor) -> Tensor:
         """L_cc of features `[B, D]`, against this process's batch or all processes'."""
         keys, first = None, 0
-        if self.gather_negatives and self._trainer is not None and self.trainer.world_size > 1:
+        if self.gather_negatives and self.training and self._trainer is not None and self.trainer.world_size > 1:
             gathered = self.all_gather(torch.cat([a, b]), sync_grads=True)  # [W, 2B, D]
             assert isinstance(gathered, Tensor)
             keys, first = gathered.flatten(0, 1), self.global_rank * 2 * len(a)
@@ -193,6 +193,12 @@ class CrossScaleMAE(SSLModule):
     def check_size(self, height: int, width: int) -> None:
         """Refuse also view sizes that the patches, the mask or the recipe cannot take."""
         super().check_size(height, width)
+        smallest = (self.scale_view.scale[0] * height * width) ** 0.5
+        if smallest < self.patch_size:
+            raise UserError(
+                f"scale_view.scale: {self.scale_view.scale[0]:g} of {height} x {width} pixels is a crop of "
+                f"{smallest:.3g} pixels, smaller than a patch of {self.patch_size}: raise it."
+            )
         for size in ((height, width), *self.scale_view.output_sizes(height, width)):
             if min(size) < self.patch_size:
                 raise UserError(
@@ -204,15 +210,18 @@ class CrossScaleMAE(SSLModule):
             self._check_recipe((height, width), size)
 
     def _check_recipe(self, first: tuple[int, int], size: tuple[int, int]) -> None:
-        for name, bad in (("align 'index'", self.recipe.align == "index"), ("shared_mask", self.recipe.shared_mask)):
+        for name, remedy, bad in (
+            ("align index", "align to ground", self.recipe.align == "index"),
+            ("shared_mask", "shared_mask to false", self.recipe.shared_mask),
+        ):
             if bad and size != first:
                 raise UserError(
                     f"recipe.{name} needs views of one size, and scale_view.sizes has {size[0]} px beside "
-                    f"{first[0]} px: set recipe.align to ground and recipe.shared_mask to false."
+                    f"{first[0]} px: set recipe.{remedy}, or scale_view.sizes to null."
                 )
         count = size[0] * size[1] // self.patch_size**2
         if self.recipe.predictor_norm == "bn_position" and count != self.predictor.positions:
             raise UserError(
                 f"recipe.predictor_norm bn_position is made for {self.predictor.positions} patches and a view has "
-                f"{count}: set backbone.image_size to {size[0]}, or recipe.predictor_norm to bn_channel or ln."
+                f"{count}: set recipe.predictor_norm to ln, or backbone.image_size to the size of every view."
             )

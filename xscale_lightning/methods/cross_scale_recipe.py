@@ -44,6 +44,8 @@ class Recipe:
     def resolve(self) -> "Recipe":
         """This recipe with every switch set."""
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        if self.block_norm is not None:  # published: another epsilon for each kind of block
+            given.setdefault("norm_eps", 1e-5 if self.block_norm == "post" else 1e-6)
         return replace(PRESETS[self.preset], **given)
 
     def apply(self, backbone: BackboneConfig) -> BackboneConfig:

@@ -92,13 +92,10 @@ def load_published(module: CrossScaleMAE, state: Mapping[str, Tensor]) -> None:
 
 
 def to_published(module: CrossScaleMAE, naming: Naming = "timm") -> State:
-    """The weights of `module` under the published names, position tables of its grid included.
+    """The weights of `module` under the published names, position tables of `backbone.image_size` included.
 
-    Raises:
-        UserError: the grid is unknown, because the predictor has no norm per position.
+    Only modules with predictor_norm bn_position have a counterpart in the published code.
     """
-    if not module.predictor.positions or module.predictor.norm_over != "bn_position":
-        raise UserError("only modules with predictor_norm bn_position have a counterpart in the published code.")
     side = isqrt(module.predictor.positions)
     state, _ = rename(module.state_dict(), TO_TIMM)
     if naming == "xformers":
