@@ -59,7 +59,7 @@ def positions(dim: int) -> Tensor:
                 )
                 for part, value in enumerate(values):
                     table[row * GRID[1] + column, part * quarter + k] = value
-    return table
+    return table.float().double()  # published tables are float32
 
 
 def block(w: dict[str, Tensor], prefix: str, x: Tensor, heads: int) -> Tensor:
