@@ -5,11 +5,12 @@ metres per pixel, mean and std in the raw unit of the files (`Bands.unit`).
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from xscale_lightning.data import sensors
+from xscale_lightning.data.band_names import band_key as band_key
+from xscale_lightning.data.band_names import check_wavelengths, listed, match_names
 from xscale_lightning.errors import UserError
 
 _RGB_WAVELENGTHS = (0.665, 0.560, 0.490)
@@ -48,7 +49,7 @@ class Bands:
             raise UserError(f"bands: sensor '{self.sensor}' was given no band; name at least one.")
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
-            raise UserError(f"bands.names: {', '.join(repeated)} given more than once; name every band once.")
+            raise UserError(f"bands.names: {listed(repeated)} given more than once; name every band once.")
         for band in self.bands:
             if not (math.isfinite(band.mean) and math.isfinite(band.std) and band.std > 0):
                 raise UserError(
@@ -111,11 +112,21 @@ class Bands:
         for argument, values in (("mean", mean), ("std", std)):
             if len(values) != len(self):
                 raise UserError(
-                    f"bands.{argument}: {len(values)} values for {len(self)} bands ({', '.join(self.names)}); "
+                    f"bands.{argument}: {len(values)} values for {len(self)} bands ({listed(self.names)}); "
                     "give one value per band."
                 )
         pairs = zip(self.bands, mean, std, strict=True)
         return replace(self, bands=tuple(replace(band, mean=float(m), std=float(s)) for band, m, s in pairs))
+
+    def with_wavelengths(self, wavelengths: Sequence[float]) -> "Bands":
+        """Return the same bands with other centre wavelengths in micrometres, one value per band.
+
+        Raises:
+            UserError: if the number of values is not the number of bands, or one is no wavelength in micrometres.
+        """
+        check_wavelengths(wavelengths, self.names)
+        pairs = zip(self.bands, wavelengths, strict=True)
+        return replace(self, bands=tuple(replace(band, wavelength=float(value)) for band, value in pairs))
 
     @property
     def rgb(self) -> tuple[int, int, int]:
@@ -154,11 +165,11 @@ class Bands:
         missing = [name for name in self.names if name not in other.names]
         extra = [name for name in other.names if name not in self.names]
         if missing:
-            parts.append(f"missing {', '.join(missing)}")
+            parts.append(f"missing {listed(missing)}")
         if extra:
-            parts.append(f"additional {', '.join(extra)}")
+            parts.append(f"additional {listed(extra)}")
         if not missing and not extra and self.names != other.names:
-            parts.append(f"order {', '.join(self.names)} against {', '.join(other.names)}")
+            parts.append(f"order {listed(self.names)} against {listed(other.names)}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, object]:
@@ -179,27 +190,6 @@ class Bands:
             raise UserError(f"bands: not a band record ({error}); expected the keys sensor, unit and bands.") from None
 
 
-def band_key(name: str) -> str:
-    """Spelling-independent key of a band name: B1, b01 and SR_B1 are the same band."""
-    match = re.fullmatch(r"(?:SR_)?B0*(\d+)(A?)", name.strip().upper())
-    return f"B{int(match[1]):02d}{match[2]}".replace("B08A", "B8A") if match else name.strip().lower()
-
-
-def match_names(names: Sequence[str], available: Sequence[str], owner: str) -> list[int]:
-    """Index in `available` of every name; spelling as in `band_key` is forgiven.
-
-    Raises:
-        UserError: naming the bands that `owner` lacks and those it has.
-    """
-    exact = {name: i for i, name in reversed(list(enumerate(available)))}
-    loose = {band_key(name): i for i, name in reversed(list(enumerate(available)))}
-    found = [exact.get(name, loose.get(band_key(name))) for name in names]
-    missing = [name for name, i in zip(names, found, strict=True) if i is None]
-    if missing:
-        raise UserError(f"bands.names: {owner} has no {', '.join(missing)}; it has {', '.join(available)}.")
-    return [i for i in found if i is not None]
-
-
 def generic(n: int, names: Sequence[str] | None = None) -> Bands:
     """Record of n bands about which nothing is known: mean 0 and std 1, names band1..bandn unless given.
 
@@ -218,6 +208,7 @@ def _preset(sensor: str, unit: str, rows: tuple[sensors.Row, ...]) -> Bands:
 
 _REFLECTANCE = "reflectance x 10000"
 _L1C = _preset("sentinel2_l1c", _REFLECTANCE, sensors.SENTINEL2_L1C)
+_ENMAP = _preset("enmap", _REFLECTANCE, sensors.ENMAP)
 
 SENSORS: dict[str, Bands] = {
     preset.sensor: preset
@@ -236,6 +227,8 @@ SENSORS: dict[str, Bands] = {
         _preset("venus", _REFLECTANCE, sensors.VENUS),
         _preset("rgb", "uint8", sensors.RGB),
         _preset("fmow_rgb", "uint8", sensors.FMOW_RGB),
+        _ENMAP,
+        replace(_ENMAP.select(sensors.ENMAP_202), sensor="enmap_202"),
     )
 }
 """Sensor presets by name; `data.sensors` holds the tables and says where their statistics come from."""
@@ -243,35 +236,62 @@ SENSORS: dict[str, Bands] = {
 
 @dataclass
 class BandSelection:
-    """Which bands to read, and their statistics."""
+    """Which bands to read, their statistics and wavelengths."""
 
     sensor: str = "sentinel2_l1c"
-    """Sensor preset: its band names, wavelengths, gsd and default statistics. "generic" takes any `names`."""
+    """Sensor preset: its band names, wavelengths, gsd and default statistics. "generic" takes `names` or a `count`."""
     names: list[str] | None = None
     """Bands to use, by name and in this order; all bands of the sensor if null."""
     mean: list[float] | None = None
     """Mean per chosen band in raw units; the preset's if null."""
     std: list[float] | None = None
     """Standard deviation per chosen band in raw units; the preset's if null."""
+    count: int | None = None
+    """Number of bands of a "generic" sensor whose bands have no names: band1, band2, ..."""
+    wavelengths: list[float] | None = None
+    """Centre wavelength per chosen band in micrometres; the preset's if null."""
 
     def resolve(self) -> Bands:
         """Return the band record this selection describes.
 
         Raises:
-            UserError: unknown sensor, unknown band name, or statistics that do not fit the bands.
+            UserError: unknown sensor, unknown band name, or count, statistics or wavelengths that do not fit.
         """
-        if self.sensor == "generic":
-            if not self.names:
-                raise UserError("bands.names: sensor 'generic' needs the names of the bands, for example [red, nir].")
-            bands = generic(len(self.names), self.names)
-        elif self.sensor in SENSORS:
-            bands = SENSORS[self.sensor]
-            bands = bands if self.names is None else bands.select(self.names)
-        else:
-            raise UserError(f"bands.sensor: '{self.sensor}' is unknown; choose from generic, {', '.join(SENSORS)}.")
+        bands = self._chosen()
         if (self.mean is None) != (self.std is None):
             given, missing = ("mean", "std") if self.std is None else ("std", "mean")
             raise UserError(f"bands.{missing}: missing although bands.{given} is given; give both or neither.")
         if self.mean is not None and self.std is not None:
             bands = bands.with_statistics(self.mean, self.std)
-        return bands
+        return bands if self.wavelengths is None else bands.with_wavelengths(self.wavelengths)
+
+    def _chosen(self) -> Bands:
+        if self.sensor == "generic":
+            if self.count is not None and self.names:
+                raise UserError(
+                    f"bands.count: {self.count} and also {len(self.names)} bands.names; give one of the two."
+                )
+            if self.count is None and not self.names:
+                raise UserError("bands.names: sensor 'generic' needs names, for example [red, nir], or bands.count.")
+            return generic(len(self.names) if self.names else self.count or 0, self.names)
+        if self.sensor not in SENSORS:
+            raise UserError(f"bands.sensor: '{self.sensor}' is unknown; choose from generic, {', '.join(SENSORS)}.")
+        preset = SENSORS[self.sensor]
+        if self.count is not None:
+            raise UserError(
+                f"bands.count: {self.count} is for sensor 'generic'; '{self.sensor}' has its own {len(preset)} bands, "
+                "of which bands.names chooses."
+            )
+        return preset if self.names is None else preset.select(self.names)
+
+    def file_orders(self) -> list[tuple[str, ...]]:
+        """Band orders in which files that name no bands may be taken to hold them, one per possible band count.
+
+        None for Sentinel-2, whose bands are stacked in several orders (EuroSAT's end with B8A): there it must be said.
+        """
+        if self.sensor == "generic":
+            return [self.resolve().names]
+        if self.sensor.startswith("sentinel2"):
+            return []
+        product = "enmap" if self.sensor.startswith("enmap") else self.sensor
+        return [SENSORS[product].names, SENSORS[self.sensor].names]

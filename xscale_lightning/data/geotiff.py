@@ -110,7 +110,7 @@ def inspect(path: str) -> Raster:
             height=source.height,
             dtype=np.result_type(*source.dtypes).name,
             metres=_metres_per_pixel(source),
-            masked=_is_masked(source),
+            masked=any(np.issubdtype(np.dtype(t), np.floating) for t in source.dtypes) or any(_masked_bands(source)),
         )
 
 
@@ -126,11 +126,11 @@ def _open(path: str) -> Any:
         raise UnreadableFile(path, f"cannot be opened as a raster ({_first_line(error, path)})") from None
 
 
-def _is_masked(source: Any) -> bool:
+def _masked_bands(source: Any) -> list[bool]:
+    """Which bands have a no-data value or a mask; asked for once per file, it is slow with hundreds of bands."""
     from rasterio.enums import MaskFlags
 
-    floating = any(np.issubdtype(np.dtype(dtype), np.floating) for dtype in source.dtypes)
-    return floating or any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
+    return [MaskFlags.all_valid not in flags for flags in source.mask_flag_enums]
 
 
 def _first_line(error: Exception, path: str) -> str:
@@ -202,7 +202,7 @@ class RasterReader:
     def __init__(self, nodata: float | None = None) -> None:
         """Set the value that counts as no data in files that declare none."""
         self.nodata = nodata
-        self._files: OrderedDict[str, Any] = OrderedDict()
+        self._files: OrderedDict[str, tuple[Any, list[bool]]] = OrderedDict()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class RasterReader:
     def _read_file(
         self, raster: Raster, indexes: list[int], grid: Grid, row: int, col: int, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        from rasterio.enums import MaskFlags, Resampling
+        from rasterio.enums import Resampling
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
@@ -257,11 +257,11 @@ class RasterReader:
         else:
             method = Resampling.average if scale_x > 1 else Resampling.bilinear
         shape = (len(indexes), height, width)
-        file = self._file(raster.path)
+        file, masked = self._file(raster.path)
         try:
             values = file.read(indexes, window=window, out_shape=shape, resampling=method)
             mask: np.ndarray | None = None
-            if any(MaskFlags.all_valid not in file.mask_flag_enums[i - 1] for i in indexes):
+            if any(masked[i - 1] for i in indexes):
                 mask = file.read_masks(indexes, window=window, out_shape=shape) > 0
         except RasterioError as error:
             raise UnreadableFile(
@@ -273,7 +273,7 @@ class RasterReader:
                 mask = finite if mask is None else mask & finite
         return values, mask
 
-    def _file(self, path: str) -> Any:
+    def _file(self, path: str) -> tuple[Any, list[bool]]:
         if self._process != os.getpid():
             self._files, self._process = OrderedDict(), os.getpid()
         if path in self._files:
@@ -286,10 +286,10 @@ class RasterReader:
             # The same grid and values, but masks and resampling know about the value that counts as no data.
             same = {"transform": file.transform, "width": file.width, "height": file.height, "crs": file.crs}
             file = WarpedVRT(file, src_nodata=self.nodata, nodata=self.nodata, **same)
-        self._files[path] = file
+        self._files[path] = file, _masked_bands(file)
         if len(self._files) > MAX_OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        return file
+            self._files.popitem(last=False)[1][0].close()
+        return self._files[path]
 
 
 def _dtype(sources: Sequence[Source]) -> np.dtype:

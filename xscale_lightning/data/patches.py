@@ -44,6 +44,11 @@ class Scene:
         """Whether pixels can be without data."""
         return self.reader.nodata is not None or any(source.raster.masked for source in self.sources)
 
+    @property
+    def held(self) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Pixels and validity as `read` returns them, of the whole scene; None unless it is held in memory."""
+        return self._memory
+
     def load(self) -> None:
         """Read all of it into memory.
 

@@ -1,19 +1,22 @@
 """Which files of a folder make a scene, and which band of which file is which.
 
-Two layouts, also mixed: several bands per file (names from the files' band descriptions, or given), and one file per
-band with the band's name in the file name (`scene_B02.tif`, `B02_10m.jp2`). Files of one folder whose names agree apart
-from the band and the resolution are one scene; folders named after a resolution (`R10m`) count as their parent.
+Two layouts, also mixed: several bands per file (names from the files' band descriptions, given, or those of the sensor
+whose number of bands the file has), and one file per band with the band's name in the file name (`scene_B02.tif`,
+`B02_10m.jp2`). Files of one folder whose names agree apart from the band and the resolution are one scene; folders
+named after a resolution (`R10m`) count as their parent.
 """
 
+import logging
 import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from xscale_lightning.data.bands import band_key
+from xscale_lightning.data.band_names import band_key, listed, says_its_bands
 from xscale_lightning.data.geotiff import SUFFIXES, Raster, Source, UnreadableFile, inspect
 from xscale_lightning.errors import UserError
 
+logger = logging.getLogger(__name__)
 _RESOLUTION = re.compile(r"R?\d+m", re.IGNORECASE)
 
 SceneBands = dict[str, Source]
@@ -52,19 +55,42 @@ def split_band(stem: str, keys: Collection[str]) -> tuple[str, str | None]:
     return "_".join(tokens), None
 
 
-def names_of(raster: Raster, named: str | None, file_bands: Sequence[str] | None) -> list[str | None]:
-    """Band keys of a raster: what it says itself, else the name in its file name, else `file_bands` in order."""
-    if any(raster.descriptions) and not (len(raster.descriptions) == 1 and named):
-        return [band_key(text) if text else None for text in raster.descriptions]
-    if len(raster.descriptions) == 1 and named:
-        return [named]
-    if file_bands is not None and len(file_bands) == len(raster.descriptions):
-        return [band_key(name) for name in file_bands]
-    return [None] * len(raster.descriptions)
+def names_of(
+    raster: Raster,
+    named: str | None,
+    file_bands: Sequence[str] | None,
+    known: Sequence[str] = (),
+    orders: Sequence[Sequence[str]] = (),
+) -> tuple[list[str | None], Sequence[str] | None]:
+    """Band keys of a raster: what it says itself, else its file name, else `file_bands`, else the order that fits.
+
+    Args:
+        raster: header of the file.
+        named: key of the band in the file name, if there is one.
+        file_bands: names of the bands of files that say none, in the files' order.
+        known: names of bands that descriptions may mention.
+        orders: band orders that a file without names may be taken to have, if it has as many bands.
+
+    Returns:
+        one key per band, None where nothing says it; and the order out of `orders` that was assumed, if one was.
+    """
+    count = len(raster.descriptions)
+    if count == 1 and named:
+        return [named], None
+    if says_its_bands(raster.descriptions, known):
+        return [band_key(text) if text else None for text in raster.descriptions], None
+    if file_bands is not None:
+        return ([band_key(name) for name in file_bands] if len(file_bands) == count else [None] * count), None
+    assumed = next((order for order in orders if len(order) == count), None)
+    return ([None] * count if assumed is None else [band_key(name) for name in assumed]), assumed
 
 
 def find_scenes(
-    root: str, wanted: Sequence[str], known: Sequence[str] = (), file_bands: Sequence[str] | None = None
+    root: str,
+    wanted: Sequence[str],
+    known: Sequence[str] = (),
+    file_bands: Sequence[str] | None = None,
+    orders: Sequence[Sequence[str]] = (),
 ) -> tuple[dict[str, SceneBands], dict[str, str]]:
     """Group the rasters below `root` into scenes that have all `wanted` bands.
 
@@ -73,6 +99,7 @@ def find_scenes(
         wanted: names of the bands that a scene must have.
         known: names of other bands that file names may mention.
         file_bands: names of the bands of files that say none, in the files' order.
+        orders: without `file_bands`, band orders that such a file is taken to have if the number of bands agrees.
 
     Returns:
         scenes by name, in order, each with at least the wanted bands; and why files or scenes were left out, by path.
@@ -86,6 +113,7 @@ def find_scenes(
     left_out: dict[str, str] = {}
     found: set[str] = set()
     unnamed: set[int] = set()
+    assumed: dict[Sequence[str], int] = defaultdict(int)
     for path in list_rasters(root):
         try:
             raster = inspect(path)
@@ -97,7 +125,9 @@ def find_scenes(
             folder = os.path.dirname(folder)
         rest, named = split_band(os.path.splitext(file)[0], mentioned)
         scene = scenes[os.path.normpath(os.path.join(os.path.relpath(folder, root), rest))]
-        names = names_of(raster, named, file_bands)
+        names, order = names_of(raster, named, file_bands, [*wanted, *known], orders)
+        if order is not None:
+            assumed[order] += 1
         if not any(names):
             unnamed.add(len(names))
         for index, key in enumerate(names, start=1):
@@ -110,29 +140,49 @@ def find_scenes(
         name: bands for name, bands in scenes.items() if name not in complete and any(k in bands for k in keys)
     }
     if not complete:
-        problem = _no_scene(root, wanted, keys, found, unnamed)
+        problem = _no_scene(root, wanted, found, unnamed, file_bands, orders)
         raise UserError(_name_damaged(root, left_out, problem) if left_out else problem)
+    for order, files in assumed.items():
+        text = (
+            "%d files of '%s' do not say which bands they hold; taken in order as %s (data.file_bands says otherwise)."
+        )
+        logger.warning(text, files, root, listed(order))
     for name, bands in incomplete.items():
         missing = [band for band, key in zip(wanted, keys, strict=True) if key not in bands]
-        left_out[os.path.join(root, name)] = f"the scene lacks {', '.join(missing)}"
+        left_out[os.path.join(root, name)] = f"the scene lacks {listed(missing)}"
     return complete, left_out
 
 
-def _no_scene(root: str, wanted: Sequence[str], keys: Sequence[str], found: set[str], unnamed: set[int]) -> str:
+def _no_scene(
+    root: str,
+    wanted: Sequence[str],
+    found: set[str],
+    unnamed: set[int],
+    file_bands: Sequence[str] | None,
+    orders: Sequence[Sequence[str]],
+) -> str:
     """Say why not a single scene can be used; empty where no file could be read."""
-    missing = [name for name, key in zip(wanted, keys, strict=True) if key not in found]
+    missing = [name for name in wanted if band_key(name) not in found]
     if not found and not unnamed:
         return ""
     if not found:
         counts = ", ".join(str(count) for count in sorted(unnamed))
+        if file_bands is not None:
+            return (
+                f"data.file_bands: {len(file_bands)} names, but the files in '{root}' have {counts} bands each; "
+                "name every band of a file, in the files' order."
+            )
+        expected = " or ".join(dict.fromkeys(str(len(order)) for order in orders))
+        fits = f", and the {expected} of data.bands do not fit" if expected else ""
         return (
-            f"data.root: the files in '{root}' ({counts} bands each) do not say which bands they hold; "
+            f"data.root: the files in '{root}' ({counts} bands each) do not say which bands they hold{fits}; "
             "name them in order with data.file_bands."
         )
     if missing:
-        return f"data.bands: the files in '{root}' have no {', '.join(missing)}; they have {', '.join(sorted(found))}."
+        have = listed(sorted(found))
+        return f"data.bands: the files in '{root}' have no {listed(missing)}; they have {have}."
     return (
-        f"data.bands: no scene in '{root}' has all of {', '.join(wanted)}; the bands of a scene must lie in one "
+        f"data.bands: no scene in '{root}' has all of {listed(wanted)}; the bands of a scene must lie in one "
         "folder, in files whose names differ in the band only."
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from xscale_lightning.data.band_checks import check_bands
 from xscale_lightning.data.bands import SENSORS, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap, fixed_origins, origin_cells, split_blocks
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
@@ -68,7 +69,8 @@ class SceneFolder(XScaleDataModule):
             split_seed: deals out the blocks; apart from `seed` so that runs with other seeds keep the split.
             eval_stride: pixels between the patches of the fixed grids; null sets them side by side.
             eval_samples: at most so many patches per fixed grid, drawn from it once; null takes all.
-            file_bands: names of the bands in files that do not say them, in the files' order.
+            file_bands: names of the bands in files that do not say them, in the files' order; null takes the sensor's
+                order (or the `names` or `count` of a generic one) where the number of bands agrees; not for Sentinel-2.
             nodata: value that means "no data" in files that declare none.
             max_nodata: largest share of pixels without data in a patch; the rest is filled with the band's mean.
             validity: deliver `valid [B, h, w]` too: where every band has data.
@@ -100,6 +102,7 @@ class SceneFolder(XScaleDataModule):
         _require(cache_mb >= 0, "cache_mb", cache_mb, "give 0 or more")
         self.root, self.file_bands = root, file_bands
         self.known_bands = SENSORS[bands.sensor].names if bands.sensor in SENSORS else ()
+        self.file_orders = bands.file_orders()
         self.image_size, self.pair_ratio = (height, width), pair_ratio
         self.patch_size = (height * pair_ratio, width * pair_ratio)
         self.target_gsd, self.samples_per_epoch, self.fractions = gsd, samples_per_epoch, fractions
@@ -188,7 +191,9 @@ class SceneFolder(XScaleDataModule):
     def _open(self) -> tuple[list[Scene], list[BlockMap]]:
         """Find, check and load the scenes, and deal their area out to the splits; once per process."""
         if self._opened is None:
-            found, self.left_out = find_scenes(self.root, self.bands.names, self.known_bands, self.file_bands)
+            found, self.left_out = find_scenes(
+                self.root, self.bands.names, self.known_bands, self.file_bands, self.file_orders
+            )
             if self.on_error == "stop":
                 self._report_left_out([])
             scenes = []
@@ -209,6 +214,7 @@ class SceneFolder(XScaleDataModule):
                 except UnreadableFile as error:
                     self.left_out[error.path] = error.reason
             self._report_left_out(scenes)
+            check_bands(scenes, self.bands.names, self.root)
             grids = [scene.grid for scene in scenes]
             maps = split_blocks(grids, self.patch_size, self.fractions, self.block_size, self.split_seed)
             self._opened = scenes, maps

@@ -4,6 +4,8 @@ The statistics normalise input of the unit that is named with them; they are not
 (`--data.bands.mean`, `--data.bands.std`) where your imagery is processed differently.
 """
 
+from itertools import pairwise
+
 Row = tuple[str, float | None, float | None, float, float]
 
 # Centre wavelengths of Sentinel-2A and native gsd: Copernicus Sentinel-2 MSI user guide, spectral responses v3.0.
@@ -110,3 +112,51 @@ FMOW_RGB: tuple[Row, ...] = (
     ("G", 0.560, None, 0.43579 * 255, 0.19250 * 255),
     ("B", 0.490, None, 0.40744 * 255, 0.19455 * 255),
 )
+
+# EnMAP Level-2A: 91 VNIR bands, then 133 SWIR bands that begin again at 0.902 um. Wavelengths: DLR's list of spectral
+# bands (EnMAP_Spectral_Bands_update.xlsx, as in TorchGeo 0.8.1); they move by some tenths of a nanometre from scene to
+# scene, and the EnMAP-Box's table of a 2022 scene differs by at most 0.5 nm.
+# fmt: off
+_ENMAP_WAVELENGTHS = (
+    0.418416, 0.424043, 0.429457, 0.434686, 0.439758, 0.444699, 0.449539, 0.454306, 0.459031, 0.46373, 0.468411,
+    0.47308, 0.477744, 0.482411, 0.487087, 0.49178, 0.496497, 0.501243, 0.50602, 0.510829, 0.515672, 0.520551,
+    0.525467, 0.530424, 0.535422, 0.540463, 0.545551, 0.550687, 0.555873, 0.561112, 0.566405, 0.571756, 0.577166,
+    0.582636, 0.588171, 0.593773, 0.599446, 0.605193, 0.611017, 0.616923, 0.622921, 0.628987, 0.635112, 0.641294,
+    0.647537, 0.653841, 0.660207, 0.666637, 0.673131, 0.679691, 0.686319, 0.693014, 0.69978, 0.706617, 0.713524,
+    0.720501, 0.727545, 0.734654, 0.741826, 0.74906, 0.756353, 0.763703, 0.771108, 0.778567, 0.786078, 0.793639,
+    0.801249, 0.808905, 0.816608, 0.824355, 0.832145, 0.839976, 0.847847, 0.855757, 0.863703, 0.871683, 0.879693,
+    0.887729, 0.895789, 0.90387, 0.911968, 0.920081, 0.928204, 0.936335, 0.94447, 0.952608, 0.960748, 0.968892,
+    0.977037, 0.985186, 0.993338, 0.901961, 0.911571, 0.92132, 0.931203, 0.941218, 0.95136, 0.961628, 0.972016,
+    0.982523, 0.993144, 1.00388, 1.01472, 1.02566, 1.0367, 1.04784, 1.05907, 1.07039, 1.08178, 1.09326, 1.10481,
+    1.11643, 1.1281, 1.13984, 1.15162, 1.16344, 1.1753, 1.1872, 1.19911, 1.21105, 1.223, 1.23497, 1.24694, 1.25893,
+    1.27092, 1.28292, 1.29491, 1.3069, 1.31888, 1.33085, 1.34282, 1.35476, 1.36669, 1.3786, 1.39048, 1.4611, 1.47274,
+    1.48434, 1.49589, 1.5074, 1.51887, 1.53029, 1.54167, 1.55301, 1.5643, 1.57555, 1.58676, 1.59791, 1.60902, 1.62009,
+    1.63111, 1.64207, 1.653, 1.66387, 1.6747, 1.68547, 1.6962, 1.70687, 1.7175, 1.72808, 1.7386, 1.74908, 1.75951,
+    1.93914, 1.94869, 1.9582, 1.96766, 1.97708, 1.98645, 1.99579, 2.00508, 2.01433, 2.02354, 2.0327, 2.04183, 2.05092,
+    2.05996, 2.06897, 2.07793, 2.08686, 2.09574, 2.10459, 2.1134, 2.12217, 2.1309, 2.1396, 2.14826, 2.15688, 2.16547,
+    2.17402, 2.18253, 2.19101, 2.19945, 2.20786, 2.21624, 2.22458, 2.23289, 2.24116, 2.2494, 2.25761, 2.26579,
+    2.27393, 2.28204, 2.29012, 2.29817, 2.30619, 2.31417, 2.32213, 2.33005, 2.33794, 2.34581, 2.35364, 2.36144,
+    2.36921, 2.37695, 2.38466, 2.39234, 2.4, 2.40762, 2.41521, 2.42278, 2.43032, 2.43782, 2.4453,
+)
+# fmt: on
+
+
+def _between(rows: tuple[Row, ...], wavelength: float, column: int) -> float:
+    """Value of a column at a wavelength (um), linearly between the nearest bands, the outermost band's beyond them."""
+    known = sorted((row[1], float(row[column] or 0.0)) for row in rows if row[1] is not None)
+    for (left, low), (right, high) in pairwise(known):
+        if wavelength <= right:
+            share = max(0.0, (wavelength - left) / (right - left))
+            return low + share * (high - low)
+    return known[-1][1]
+
+
+# No public statistics per band are known to us: these are Sentinel-2 L2A's, interpolated over wavelength, for the same
+# unit (reflectance x 10000). Measure your own.
+ENMAP: tuple[Row, ...] = tuple(
+    (f"B{number}", wavelength, 30.0, _between(SENTINEL2_L2A, wavelength, 3), _between(SENTINEL2_L2A, wavelength, 4))
+    for number, wavelength in enumerate(_ENMAP_WAVELENGTHS, start=1)
+)
+# The usual choice without the bands of strong water absorption (SpectralEarth, Braham et al. 2024; HySpecNet-11k, Fuchs
+# and Demir 2023): B127..B141 and B161..B167 are left out, of which parts are no data in most scenes.
+ENMAP_202 = tuple(f"B{number}" for number in (*range(1, 127), *range(142, 161), *range(168, 225)))
