@@ -13,6 +13,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from xscale_lightning import cli
+from xscale_lightning.data.bands import SENSORS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text()) for path in CONFIGS.rglob("*.yaml")}
@@ -30,10 +31,11 @@ QUICK = [
     *("--data.batch_size", "4", "--data.num_workers", "0"),
 ]
 # Published recipes are too wide for a test: their decoder too, where a method has one.
-NARROW = ["--model.backbone.name", "vit_tiny_patch16", "--model.backbone.depth", "1"]
+NARROW = [*("--model.backbone.dim", "96", "--model.backbone.depth", "1"), *("--model.backbone.num_heads", "3")]
 NARROW_DECODER = {
     "mae.yaml": ["--model.decoder_depth", "1"],
     "cross_scale_mae.yaml": ["--model.decoder_depth", "1", "--model.predictor_dim", "32"],
+    "s2mae.yaml": ["--model.decoder_depth", "1"],
 }
 
 
@@ -86,8 +88,10 @@ def test_complete_files_train(name, tmp_path):
 @pytest.mark.parametrize("name", COMPLETE)
 def test_overlays_go_over_every_method(name, overlay, tmp_path):
     saved = fit(tmp_path, *config(name), *config(overlay), *QUICK, "--data.samples_per_epoch", "16")
-    assert saved["init_args"]["backbone"]["name"] == FILES[overlay]["model"]["init_args"]["backbone"]["name"]
-    assert len(saved["bands"]["bands"]) == 13
+    wanted = FILES[overlay]["model"]["init_args"]["backbone"]
+    assert {key: saved["init_args"]["backbone"][key] for key in wanted} == wanted
+    sensor = FILES[name]["data"]["init_args"].get("bands", {}).get("sensor", "sentinel2_l1c")
+    assert len(saved["bands"]["bands"]) == len(SENSORS[sensor])
 
 
 @pytest.fixture(scope="module")

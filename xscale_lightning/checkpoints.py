@@ -51,11 +51,13 @@ def plain_hparams(hparams: Mapping[str, Any]) -> AttributeDict:
 
 def metadata(module: "SSLModule") -> dict[str, Any]:
     """Everything needed to rebuild `module` and to say what it is."""
+    stage = {} if module.stage is None else {"stage": plain(module.stage)}
     return {
         "format": 1,
         "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
         "init_args": {k: v for k, v in plain(dict(module.hparams)).items() if k != "bands"},
         "bands": module.bands.to_dict(),
+        **stage,
         "versions": {"xscale_lightning": __version__, "torch": str(torch.__version__)},
     }
 
@@ -182,7 +184,7 @@ def load_backbone(path: str | Path) -> tuple[Encoder, Bands]:
     """
     checkpoint, saved = read_metadata(path)
     bands = Bands.from_dict(saved["bands"])
-    encoder = BackboneConfig(**saved["init_args"]["backbone"]).build(len(bands))
+    encoder = BackboneConfig(**saved["init_args"]["backbone"]).build(len(bands), bands.wavelengths)
     prefix = "backbone."
     state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     encoder.load_state_dict(state)

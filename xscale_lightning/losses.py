@@ -9,22 +9,61 @@ from torch import Tensor
 from xscale_lightning.errors import UserError
 
 
-def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
+def normalize_patches(patches: Tensor, eps: float = 1e-6, real: Tensor | None = None) -> Tensor:
     """Standardise the values of every patch `[..., V]` by its own mean and unbiased variance.
 
-    Source: He et al. 2022, section 3, "reconstruction target"; eps 1e-6 as published.
+    Args:
+        patches: values.
+        eps: added to the variance; 1e-6 as published.
+        real: booleans `[..., V]`, false where a value is padding and takes no part; None: all are real.
+
+    Source: He et al. 2022, section 3, "reconstruction target".
     """
-    mean = patches.mean(-1, keepdim=True)
-    var = patches.var(-1, keepdim=True)
-    return (patches - mean) / (var + eps).sqrt()
+    mean, deviation = patch_statistics(patches, eps, real)
+    return (patches - mean) / deviation
 
 
-def patch_mse(prediction: Tensor, target: Tensor) -> Tensor:
+def patch_statistics(patches: Tensor, eps: float = 1e-6, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and `sqrt(variance + eps)` of every patch, each `[..., 1]`; see `normalize_patches`."""
+    if real is None:
+        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + eps).sqrt()
+    count = real.sum(-1, keepdim=True)
+    mean = (patches * real).sum(-1, keepdim=True) / count
+    var = ((patches - mean).square() * real).sum(-1, keepdim=True) / (count - 1)
+    return mean, (var + eps).sqrt()
+
+
+def patch_mse(prediction: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean squared error over values, patches and images of `[B, M, V]`, computed in float32 or better.
 
-    Source: He et al. 2022, section 3: the loss is taken on the hidden patches only, so only those are passed in.
+    Args:
+        prediction: of the hidden patches only: the loss is taken on them alone.
+        target: what they are.
+        real: booleans `[B, M, V]`, false where a value is padding; the mean of a patch is then over its real values.
+
+    Source: He et al. 2022, section 3.
     """
-    return (at_least_float32(prediction) - at_least_float32(target)).square().mean()
+    squared = (at_least_float32(prediction) - at_least_float32(target)).square()
+    return squared.mean() if real is None else ((squared * real).sum(-1) / real.sum(-1)).mean()
+
+
+def spectral_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the sum over the spectral groups of `[B, G, N, V]`, in float32 or better.
+
+    Bands at the same place inside their cubes are added over the groups; visible tokens count, too.
+
+    Source: Hong et al. 2024 (SpectralGPT), published code: its second loss.
+    """
+    return (at_least_float32(prediction) - at_least_float32(target)).sum(1).square().mean()
+
+
+def spectral_means(prediction: Tensor, target: Tensor) -> Tensor:
+    """Half the squared error of the mean over groups, half that of the mean over places, of `[B, G, N, V]`.
+
+    Source: SpectralGPT as its code stood on 2023-09-14, known from byte-code only.
+    """
+    difference = at_least_float32(prediction) - at_least_float32(target)
+    return 0.5 * difference.mean(1).square().mean() + 0.5 * difference.mean(2).square().mean()
 
 
 def nt_xent(

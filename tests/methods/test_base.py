@@ -193,7 +193,7 @@ def test_features_of_raw_images_are_those_of_normalised_ones():
     torch.testing.assert_close(module.features(batch), tokens.x[:, 1:].mean(1).detach(), rtol=1e-5, atol=1e-6)
     expected = tokens.x[:, 1:].detach().view(2, 2, 3, -1).permute(0, 3, 1, 2)
     torch.testing.assert_close(module.patch_features(batch), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(module.denormalise(normalised), raw)
+    torch.testing.assert_close(module.denormalise(normalised, raw), raw)
     assert module.training and module.backbone.blocks[0].training, "features left the module in another mode"
     assert not module.features(batch).requires_grad
 

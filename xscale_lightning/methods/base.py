@@ -5,6 +5,7 @@ normalise -> (views) -> encode -> pool, the optimizer and all schedules, target 
 checkpoint metadata. Probes and pictures are callbacks; they never touch the loss or the step count.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class SSLModule(ScheduledModule):
         self.views = views
         self.attention: Backend = attention
         self.backbone_name = backbone.name
-        self.backbone = backbone.build(len(self.bands))
+        self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.bands.stds).view(1, -1, 1, 1), persistent=False)
         self._first_batch_seen = False
@@ -99,9 +100,10 @@ class SSLModule(ScheduledModule):
                 f"the batch has {raw.shape[1]} bands and the model was made for {len(self.bands)} "
                 f"({', '.join(self.bands.names)}): choose the same bands for the data."
             )
-        images = (raw.to(self.mean.dtype) - self.mean) / self.std
+        offset, scale = self.scaling(raw)
+        images = (raw.to(self.mean.dtype) - offset) / scale
         if augment and not self._first_batch_seen:
-            check_statistics(images, raw, self.bands)
+            self.check_first_batch(images, raw)
             self._first_batch_seen = True
         prepared = {**batch, "image": images}
         if augment:
@@ -111,9 +113,26 @@ class SSLModule(ScheduledModule):
                 prepared["gsd"] = scaled
         return prepared
 
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Normalised images `[B, C, H, W]` in raw sensor units."""
-        return images * self.std + self.mean
+    def scaling(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset and scale of raw images `[B, C, H, W]`: the model sees `(raw - offset) / scale`.
+
+        Here the mean and deviation of the band record `[1, C, 1, 1]`; a method may scale every image by itself
+        `[B, C, 1, 1]`.
+        """
+        return self.mean, self.std
+
+    def denormalise(self, images: Tensor, raw: Tensor) -> Tensor:
+        """Normalised images `[B, C, H, W]` in raw sensor units, by the scaling of the `raw` images they belong to."""
+        offset, scale = self.scaling(raw)
+        return images * scale + offset
+
+    def check_first_batch(self, images: Tensor, raw: Tensor) -> None:
+        """Refuse a first batch that the band record's statistics cannot belong to; `images` are the normalised `raw`.
+
+        Raises:
+            UserError: as `check_statistics`.
+        """
+        check_statistics(images, raw, self.bands)
 
     def encode(self, batch: Batch) -> Tokens:
         """Tokens of a raw batch, nothing masked."""
@@ -160,7 +179,7 @@ class SSLModule(ScheduledModule):
         height, width = (size, size) if isinstance(size, int) else size or (0, 0)
         if height and width:
             self.check_size(height, width)
-            self.num_tokens = height * width // self.backbone.patch_size**2 + self.backbone.num_prefix
+            self.num_tokens = math.prod(self.backbone.token_grid(height, width)) + self.backbone.num_prefix
 
     def check_attention(self, device: torch.device) -> None:
         """Refuse an attention backend that cannot run on `device`.

@@ -10,6 +10,21 @@ from xscale_lightning.errors import UserError
 MAX_MEAN, MIN_STD, MAX_STD = 5.0, 0.02, 20.0
 
 
+def check_finite(raw: Tensor, bands: Bands) -> None:
+    """Refuse raw images `[B, C, H, W]` with values that are not finite.
+
+    Raises:
+        UserError: naming the band.
+    """
+    finite = raw.float().isfinite().all(dim=3).all(dim=2).all(dim=0).tolist()
+    for band, good in zip(bands.bands, finite, strict=True):
+        if not good:
+            raise UserError(
+                f"band {band.name} of the first batch has values that are not finite: "
+                "clean the data or name its nodata value."
+            )
+
+
 def check_statistics(images: Tensor, raw: Tensor, bands: Bands) -> None:
     """Stop a run whose band statistics cannot belong to its data.
 
@@ -22,14 +37,10 @@ def check_statistics(images: Tensor, raw: Tensor, bands: Bands) -> None:
         UserError: a band is not finite, or its normalised mean or deviation is absurd (for example 0-255 statistics
             on 16-bit data); the message gives the measured values.
     """
+    check_finite(raw, bands)
     values, measured = images.float().transpose(0, 1).flatten(1), raw.float().transpose(0, 1).flatten(1)  # [C, B*H*W]
     stacked = torch.stack([values.mean(1), values.std(1), measured.mean(1), measured.std(1)]).cpu().tolist()
     for band, mean, std, raw_mean, raw_std in zip(bands.bands, *stacked, strict=True):
-        if not (mean == mean and std == std and abs(mean) != float("inf")):
-            raise UserError(
-                f"band {band.name} of the first batch has values that are not finite: "
-                "clean the data or name its nodata value."
-            )
         if abs(mean) > MAX_MEAN or std > MAX_STD or (std < MIN_STD and raw_std > 0):
             raise UserError(
                 f"bands: mean {band.mean:g} and std {band.std:g} of band {band.name} do not fit the data: after "

@@ -26,6 +26,7 @@ from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_bo
 from xscale_lightning.methods.base import Batch, Reconstruction, SSLModule, StepOutput
 from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.models.decoders import MAEDecoder
+from xscale_lightning.models.pos_embed import GSDPositions
 from xscale_lightning.models.predictors import MLPPredictor
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokenizers import check_divides, patchify, unpatchify
@@ -101,7 +102,7 @@ class CrossScaleMAE(SSLModule):
             backbone.mlp_ratio,
             backbone.block_norm,
             backbone.norm_eps,
-            backbone.reference_gsd if backbone.position == "gsd" else None,
+            GSDPositions(decoder_dim, backbone.reference_gsd) if backbone.position == "gsd" else None,
         )
         positions = (backbone.image_size // self.patch_size) ** 2
         self.predictor = MLPPredictor(decoder_dim, predictor_dim, recipe.predictor_norm or "ln", positions)  # q

@@ -15,6 +15,7 @@ GROUP = "xscale_lightning.methods"
 BUILT_IN = {
     "mae": "xscale_lightning.methods.mae:MAE",
     "cross_scale_mae": "xscale_lightning.methods.cross_scale_mae:CrossScaleMAE",
+    "s2mae": "xscale_lightning.methods.s2mae:S2MAE",
 }
 
 

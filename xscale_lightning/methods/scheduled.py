@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sized
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,8 +24,12 @@ class ScheduledModule(LightningModule):
 
     Args:
         optimizer: AdamW and its schedules.
+
+    Attributes:
+        stage: `number`, `of` and `name` of the stage of progressive pretraining that this is, if it is one.
     """
 
+    stage: dict[str, Any] | None = None
     backbone: Encoder
     attention: Backend
     num_tokens: int = 1
@@ -96,7 +101,8 @@ class ScheduledModule(LightningModule):
     def _scheduled(self) -> dict[str, float]:
         step = self._optimizer_step
         values = {"lr": self._run_plan.lr(step), "weight_decay": self._run_plan.weight_decay(step)}
-        return {**values, **{name: self.value(name) for name in self._schedules}}
+        stage = {"stage": float(self.stage["number"])} if self.stage else {}
+        return {**values, **stage, **{name: self.value(name) for name in self._schedules}}
 
     def _move_targets(self, skipped: Tensor | None) -> None:
         for student, target in self._targets:

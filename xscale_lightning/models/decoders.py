@@ -7,7 +7,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.pos_embed import GSDPositions, SinCosPositions
+from xscale_lightning.models.pos_embed import SinCosPositions, take_positions
 from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
 from xscale_lightning.models.vit import Block, BlockNorm, init_weights
 
@@ -24,7 +24,7 @@ class MAEDecoder(nn.Module):
         mlp_ratio: width of the MLPs over `dim`.
         block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
         norm_eps: of the blocks' LayerNorms.
-        reference_gsd: metres per pixel at which positions scaled by the gsd equal plain ones; None does not scale.
+        positions: positions of width `dim`; default MAE's sin-cos.
 
     Source: He et al. 2022, section 3; sizes 512 x 8 x 16 in its appendix A.1.
 
@@ -42,14 +42,14 @@ class MAEDecoder(nn.Module):
         mlp_ratio: float = 4.0,
         block_norm: BlockNorm = "pre",
         norm_eps: float = 1e-6,
-        reference_gsd: float | None = None,
+        positions: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change one of them.")
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = SinCosPositions(dim) if reference_gsd is None else GSDPositions(dim, reference_gsd)
+        self.positions = positions or SinCosPositions(dim)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio=mlp_ratio, block_norm=block_norm, norm_eps=norm_eps) for _ in range(depth)
         )
@@ -62,7 +62,7 @@ class MAEDecoder(nn.Module):
         """Input of the blocks: embedded tokens, mask tokens in the gaps, positions: `[B, P + L, dim]`."""
         x = self.embed(tokens.x)  # [B, P + K, dim]
         prefix, visible = x[:, : tokens.num_prefix], x[:, tokens.num_prefix :]
-        positions = self.positions(tokens.grid[1:], like=visible, gsd=gsd)
+        positions = self.positions(tokens.grid, like=visible, gsd=gsd)
         if tokens.kept is None:
             full = visible + positions
         else:
@@ -90,3 +90,19 @@ class MAEDecoder(nn.Module):
         """Predicted values `[B, L, out_dim]`, or `[B, M, out_dim]` at the flat grid indices `predict [B, M]`."""
         x = self.decode(tokens, gsd)[:, tokens.num_prefix :]
         return self.pred(x if predict is None else gather(x, predict))
+
+    def forward_some(self, tokens: Tokens, predict: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Predicted values `[B, M, out_dim]` at `predict [B, M]` by a decoder that sees the visible tokens and these.
+
+        Other hidden tokens are left out of the attention, so the work grows with K + M, not with the whole grid.
+        """
+        assert tokens.kept is not None
+        x = self.embed(tokens.x)  # [B, P + K, dim]
+        prefix, visible = x[:, : tokens.num_prefix], x[:, tokens.num_prefix :]
+        masks = self.mask_token.to(x.dtype).expand(*predict.shape, -1)
+        places = torch.cat([tokens.kept, predict], dim=1)  # [B, K + M]
+        positions = take_positions(self.positions(tokens.grid, like=visible, gsd=gsd), places)
+        x = torch.cat([prefix, torch.cat([visible, masks], dim=1) + positions], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -predict.shape[1] :]))

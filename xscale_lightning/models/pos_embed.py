@@ -1,6 +1,7 @@
-"""Position embeddings: fixed 2-D sin-cos (MAE), GSD-scaled (Scale-MAE), and learned tables that resize.
+"""Position embeddings in the image plane: fixed 2-D sin-cos (MAE), GSD-scaled (Scale-MAE), learned tables that resize.
 
-All of them are computed for the grid at hand, so any image size works and no size is baked into a checkpoint.
+All of them are computed for the grid at hand, so any image size works and no size is baked into a checkpoint. A grid is
+given as `(H, W)` or `(G, H, W)`: what stands before the last two is the spectral positions' affair.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.tokens import gather
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
@@ -56,6 +58,13 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
+def take_positions(positions: Tensor, ids: Tensor) -> Tensor:
+    """Positions `[1 or B, N, D]` at `ids [B, K]` -> `[B, K, D]`."""
+    if len(positions) == 1:  # as an embedding: its gradient is summed into N rows, not into B x N of them
+        return F.embedding(ids, positions[0])
+    return gather(positions, ids)
+
+
 class SinCosPositions(nn.Module):
     """Fixed 2-D sin-cos positions at the integer patch coordinates (MAE), computed once per grid and kept.
 
@@ -67,11 +76,11 @@ class SinCosPositions(nn.Module):
         self.dim = dim
         self._cache: dict[tuple, Tensor] = {}
 
-    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
-        """Positions `[1, H * W, D]` for `grid = (H, W)`, in the type and on the device of `like`; `gsd` is ignored."""
-        key = (*grid, like.dtype, like.device)
+    def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[1, H * W, D]` for `grid = (..., H, W)`, in type and on the device of `like`; `gsd` is ignored."""
+        key = (*grid[-2:], like.dtype, like.device)
         if key not in self._cache:
-            height, width = (torch.arange(n, dtype=torch.float64) for n in grid)
+            height, width = (torch.arange(n, dtype=torch.float64) for n in grid[-2:])
             self._cache[key] = sincos_2d(self.dim, height, width).float().to(like).unsqueeze(0)
         return self._cache[key]
 
@@ -90,8 +99,8 @@ class GSDPositions(nn.Module):
         self.dim = dim
         self.reference_gsd = reference_gsd
 
-    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
-        """Positions `[B, H * W, D]` for `gsd [B]` in metres per pixel.
+    def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[B, H * W, D]` for `grid = (..., H, W)` and `gsd [B]` in metres per pixel.
 
         Raises:
             UserError: the batch has no `gsd`.
@@ -99,7 +108,7 @@ class GSDPositions(nn.Module):
         if gsd is None:
             raise UserError("position 'gsd' needs batch['gsd'] (metres per pixel): let the data module deliver it.")
         scale = (gsd.double() / self.reference_gsd).unsqueeze(-1)  # [B, 1]
-        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid)
+        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid[-2:])
         return sincos_2d(self.dim, rows, columns).to(like)
 
 
@@ -112,6 +121,17 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.zeros(1, math.prod(grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self, grid: tuple[int, int], like: Tensor, gsd: Tensor | None = None) -> Tensor:
-        """Positions `[1, H * W, D]` for `grid = (H, W)`; `gsd` is ignored."""
-        return resize_table(self.table, self.grid, grid).to(like.dtype)
+    def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
+        """Positions `[1, H * W, D]` for `grid = (..., H, W)`; `gsd` is ignored."""
+        return resize_table(self.table, self.grid, (grid[-2], grid[-1])).to(like.dtype)
+
+    def adapt(self, table: Tensor) -> Tensor:
+        """The table `[1, n, D]` of another, square grid resized (bicubic) to this module's.
+
+        Raises:
+            UserError: n is no square, so the other grid is not known.
+        """
+        side = math.isqrt(table.shape[1])
+        if table.shape[1] != self.table.shape[1] and side * side != table.shape[1]:
+            raise UserError(f"a position table of {table.shape[1]} places belongs to no square grid: not resized.")
+        return table if table.shape[1] == self.table.shape[1] else resize_table(table, (side, side), self.grid)

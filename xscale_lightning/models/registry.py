@@ -1,11 +1,14 @@
 """Backbones by name: `create_backbone("vit_small_patch8", in_chans=13)`, `timm:NAME`, and your own."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.cubes import CubeEmbed, Pad
+from xscale_lightning.models.spectral_vit import Spectral, SpectralViT, cube_positions
 from xscale_lightning.models.timm_vit import TimmViT
 from xscale_lightning.models.vit import BlockNorm, Encoder, Pool, Position, ViT
 
@@ -44,12 +47,22 @@ class BackboneConfig:
     """One vector per image: `mean` of the patch tokens or the `cls` token."""
     reference_gsd: float = 10.0
     """Metres per pixel at which `gsd` positions equal plain sin-cos."""
+    cube_depth: int | None = None
+    """Bands per token of a `spectral_vit_*` backbone, when another than the name's."""
+    pad: Pad | None = None
+    """What fills the last cube of a `spectral_vit_*` backbone: the `mean` of all bands, the last band again (`edge`) or
+    `zero`; null refuses bands that do not fill it."""
+    spectral: Spectral = "sincos"
+    """Spectral positions of a `spectral_vit_*` backbone: `learned` (one vector per group), `sincos` (of the group's
+    number), `joint` (one sin-cos over space and spectrum) or `wavelength` (a learned curve that all sensors share)."""
+    wavelengths: list[float | None] | None = None
+    """Centre wavelength of every band in micrometres; null takes the band record's."""
     pretrained: bool = False
     """Load timm's weights (`timm:` names only; downloads them)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no backbone can have."""
-        for name in ("patch_size", "dim", "depth", "num_heads"):
+        for name in ("patch_size", "dim", "depth", "num_heads", "cube_depth"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {value}.")
@@ -59,9 +72,16 @@ class BackboneConfig:
         if not 0 <= self.drop_path < 1:
             raise UserError(f"backbone.drop_path must be in [0, 1), got {self.drop_path}.")
 
-    def build(self, in_chans: int) -> Encoder:
-        """The encoder for `in_chans` bands."""
-        return create_backbone(in_chans=in_chans, **{f.name: getattr(self, f.name) for f in fields(self)})
+    def build(self, in_chans: int, wavelengths: Sequence[float | None] | None = None) -> Encoder:
+        """The encoder for `in_chans` bands, whose `wavelengths` in micrometres count unless the options name others."""
+        return create_backbone(in_chans=in_chans, **self.options(wavelengths))
+
+    def options(self, wavelengths: Sequence[float | None] | None = None) -> dict[str, Any]:
+        """All fields by name, with the band record's `wavelengths` where this has none."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.wavelengths is None and wavelengths is not None:
+            chosen["wavelengths"] = list(wavelengths)
+        return chosen
 
 
 Factory = Callable[[int, BackboneConfig], Encoder]
@@ -106,8 +126,13 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
     config = BackboneConfig(name=name, **options)  # type: ignore[arg-type]
     if in_chans < 1:
         raise UserError(f"a backbone needs at least one band, got in_chans={in_chans}.")
+    if config.wavelengths is not None and len(config.wavelengths) != in_chans:
+        raise UserError(f"backbone.wavelengths: {len(config.wavelengths)} values for {in_chans} bands: one per band.")
+    changed = [n for n in _CUBES if getattr(config, n) != getattr(BackboneConfig, n)]
+    if changed and name in _FACTORIES and name.startswith("vit_"):
+        raise UserError(f"backbone {name!r} has no spectral cubes: leave {changed[0]} out, or take spectral_{name}.")
     if name.startswith("timm:"):
-        changed = [n for n in _OWN if getattr(config, n) != getattr(BackboneConfig, n)]
+        changed = [n for n in (*_OWN, *_CUBES) if getattr(config, n) != getattr(BackboneConfig, n)]
         if changed:
             raise UserError(f"backbone {name!r} brings its own {changed[0]}: leave this option out.")
         return TimmViT(name[5:], in_chans, config.pretrained, config.drop_path, config.pool)
@@ -124,6 +149,7 @@ _OWN = (
     *("position", "class_token", "patch_size", "dim", "depth", "num_heads"),
     *("mlp_ratio", "block_norm", "norm_eps", "final_norm"),
 )
+_CUBES = ("cube_depth", "pad", "spectral")
 
 # timm's sizes: width, depth, heads.
 SIZES = {
@@ -137,26 +163,30 @@ PATCHES = (4, 8, 14, 16, 32)
 
 
 def _vit(in_chans: int, config: BackboneConfig, size: str, patch: int) -> ViT:
+    return ViT(in_chans, config.patch_size or patch, *_sizes(config, size), **_options(config))
+
+
+def _spectral_vit(in_chans: int, config: BackboneConfig, size: str, patch: int, cube: int) -> SpectralViT:
+    dim, depth, heads = _sizes(config, size)
+    patch = config.patch_size or patch
+    embed = CubeEmbed(patch, in_chans, dim, config.cube_depth or cube, config.pad)
+    positions = cube_positions(dim, embed, config)
+    options = {**_options(config), "position": "sincos", "patch_embed": embed, "positions": positions}
+    return SpectralViT(in_chans, patch, dim, depth, heads, **options)
+
+
+def _sizes(config: BackboneConfig, size: str) -> tuple[int, int, int]:
     dim, depth, heads = SIZES[size]
-    return ViT(
-        in_chans,
-        config.patch_size or patch,
-        config.dim or dim,
-        config.depth or depth,
-        config.num_heads or heads,
-        position=config.position,
-        image_size=(config.image_size, config.image_size),
-        class_token=config.class_token,
-        drop_path=config.drop_path,
-        pool=config.pool,
-        reference_gsd=config.reference_gsd,
-        mlp_ratio=config.mlp_ratio,
-        block_norm=config.block_norm,
-        norm_eps=config.norm_eps,
-        final_norm=config.final_norm,
-    )
+    return config.dim or dim, config.depth or depth, config.num_heads or heads
+
+
+def _options(config: BackboneConfig) -> dict[str, Any]:
+    same = ("position", "class_token", "drop_path", "pool", "reference_gsd")
+    same += ("mlp_ratio", "block_norm", "norm_eps", "final_norm")
+    return {**{n: getattr(config, n) for n in same}, "image_size": (config.image_size, config.image_size)}
 
 
 for _size in SIZES:
     for _patch in PATCHES:
         register_backbone(f"vit_{_size}_patch{_patch}")(partial(_vit, size=_size, patch=_patch))
+    register_backbone(f"spectral_vit_{_size}_cube3_patch8")(partial(_spectral_vit, size=_size, patch=8, cube=3))

@@ -45,20 +45,27 @@ def check_divides(patch: int, height: int, width: int) -> None:
         )
 
 
-class PatchEmbed(nn.Module):
-    """Linear embedding of square patches; the kernel is a convolution's, so timm's weights load by name.
+class PatchTokenizer(nn.Module):
+    """What both tokenizers share: a patch size, a band count and the grid of an image."""
 
-    It runs as one matrix product over the patches that are kept: with 75 % masked it does a quarter of the work.
-    """
+    proj: nn.Conv2d | nn.Conv3d
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.in_chans = in_chans
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """`(G, H / p, W / p)` of an image of `height x width` pixels; G is 1 for plain patches.
+
+        Raises:
+            UserError: the patch size does not divide the image.
+        """
+        check_divides(self.patch_size, height, width)
+        return 1, height // self.patch_size, width // self.patch_size
 
     def grid(self, images: Tensor) -> tuple[int, int, int]:
-        """`(1, H / p, W / p)` of `images [B, C, H, W]`.
+        """`token_grid` of `images [B, C, H, W]`.
 
         Raises:
             UserError: the patch size does not divide the image, or the band count is another one.
@@ -69,8 +76,18 @@ class PatchEmbed(nn.Module):
                 "give the data module and the model the same bands."
             )
         height, width = images.shape[-2:]
-        check_divides(self.patch_size, height, width)
-        return 1, height // self.patch_size, width // self.patch_size
+        return self.token_grid(height, width)
+
+
+class PatchEmbed(PatchTokenizer):
+    """Linear embedding of square patches; the kernel is a convolution's, so timm's weights load by name.
+
+    It runs as one matrix product over the patches that are kept: with 75 % masked it does a quarter of the work.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__(patch_size, in_chans)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Embed `images [B, C, H, W]` -> `[B, N, D]`; only the patches at `keep [B, K]` when given."""

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.attention import Attention
-from xscale_lightning.models.pos_embed import GSDPositions, LearnedPositions, SinCosPositions, resize_table
-from xscale_lightning.models.tokenizers import PatchEmbed, check_divides
-from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
+from xscale_lightning.models.pos_embed import (
+    GSDPositions,
+    LearnedPositions,
+    SinCosPositions,
+    resize_table,
+    take_positions,
+)
+from xscale_lightning.models.tokenizers import PatchEmbed, PatchTokenizer, check_divides
+from xscale_lightning.models.tokens import Tokens, pack, unpack
 
 Position = Literal["sincos", "learned", "gsd"]
 Pool = Literal["mean", "cls"]
@@ -74,10 +80,24 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, PatchEmbed):
+    elif isinstance(module, PatchTokenizer):
         nn.init.xavier_uniform_(module.proj.weight.flatten(1))  # like the linear layer that it is
         assert module.proj.bias is not None
         nn.init.zeros_(module.proj.bias)
+
+
+def plane_positions(
+    position: Position, dim: int, patch_size: int, image_size: tuple[int, int], reference_gsd: float
+) -> nn.Module:
+    """Positions in the image plane by name; see `ViT` for the arguments.
+
+    Raises:
+        UserError: a learned table for a size that the patch does not divide.
+    """
+    if position == "learned":
+        check_divides(patch_size, *image_size)
+        return LearnedPositions(dim, (image_size[0] // patch_size, image_size[1] // patch_size))
+    return GSDPositions(dim, reference_gsd) if position == "gsd" else SinCosPositions(dim)
 
 
 class Encoder(nn.Module):
@@ -114,11 +134,19 @@ class Encoder(nn.Module):
         parts = whole.x.split([len(tokens.x) for tokens in batches])
         return [replace(tokens, x=x) for tokens, x in zip(batches, parts, strict=True)]
 
+    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Token grid `(G, H, W)` of images of `height x width` pixels; G is 1 except with spectral cubes.
+
+        Raises:
+            UserError: the patch size does not divide the image.
+        """
+        check_divides(self.patch_size, height, width)
+        return 1, height // self.patch_size, width // self.patch_size
+
     def grid(self, images: Tensor) -> tuple[int, int, int]:
         """Token grid `(G, H, W)` of `images [B, C, H, W]`."""
         height, width = images.shape[-2:]
-        check_divides(self.patch_size, height, width)
-        return 1, height // self.patch_size, width // self.patch_size
+        return self.token_grid(height, width)
 
     def pool(self, tokens: Tokens) -> Tensor:
         """One vector per image `[B, D]`: the mean of the patch tokens, or the class token."""
@@ -150,6 +178,8 @@ class ViT(Encoder):
         block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
         norm_eps: of the blocks' LayerNorms.
         final_norm: apply the LayerNorm after the last block; without, it stays as a frozen, unused parameter.
+        patch_embed: another tokenizer than that of square patches of all bands.
+        positions: other positions than `position` says.
 
     Raises:
         UserError: a width that the heads do not divide, `pool='cls'` without a class token, or a learned table for
@@ -173,6 +203,8 @@ class ViT(Encoder):
         block_norm: BlockNorm = "pre",
         norm_eps: float = 1e-6,
         final_norm: bool = True,
+        patch_embed: PatchTokenizer | None = None,
+        positions: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -182,14 +214,9 @@ class ViT(Encoder):
         self.in_chans, self.patch_size, self.num_features, self.depth = in_chans, patch_size, dim, depth
         self.num_prefix = int(class_token)
         self.pool_mode: Pool = pool
-        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.patch_embed: PatchTokenizer = patch_embed or PatchEmbed(patch_size, in_chans, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        if position == "learned":
-            check_divides(patch_size, *image_size)
-            grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-            self.positions: nn.Module = LearnedPositions(dim, grid)
-        else:
-            self.positions = GSDPositions(dim, reference_gsd) if position == "gsd" else SinCosPositions(dim)
+        self.positions = positions or plane_positions(position, dim, patch_size, image_size, reference_gsd)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, num_heads, rate, mlp_ratio, block_norm, norm_eps) for rate in rates)
         self.norm = LayerNorm(dim).requires_grad_(final_norm)
@@ -201,14 +228,19 @@ class ViT(Encoder):
     def embed(self, images: Tensor, gsd: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
         """Class token and patch tokens with positions; only the patches at `keep [B, K]` are computed when given."""
         grid = self.patch_embed.grid(images)
-        x = self.patch_embed(images, keep)  # [B, K or N, D]
-        positions = self.positions(grid[1:], like=x, gsd=gsd)  # [1 or B, N, D]
-        if keep is not None:
-            positions = gather(positions.expand(len(x), -1, -1), keep)
-        x = x + positions
+        return self.place(self.patch_embed(images, keep), grid, gsd, keep)
+
+    def place(self, x: Tensor, grid: tuple[int, int, int], gsd: Tensor | None, keep: Tensor | None) -> Tokens:
+        """Tokens of embedded patches `x [B, K or N, D]`: positions are added, the class token put in front."""
+        positions = self.positions(grid, like=x, gsd=gsd)  # [1 or B, N, D]
+        x = x + (positions if keep is None else take_positions(positions, keep))
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         return Tokens(x, grid, keep, self.num_prefix)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Token grid `(G, H, W)`, as the tokenizer cuts."""
+        return self.patch_embed.token_grid(height, width)
 
     def encode(self, tokens: Tokens) -> Tokens:
         """Blocks and final norm."""

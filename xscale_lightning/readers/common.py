@@ -3,12 +3,14 @@
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.resizing import Tables, fit_tables
 
 State = dict[str, Tensor]
 Rule = tuple[str, str]  # pattern of a whole name, replacement
@@ -84,27 +86,64 @@ def split(state: Mapping[str, Tensor], whole: str, parts: Sequence[str]) -> Stat
     return out
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], unknown: Sequence[str], source: str) -> None:
-    """Load every tensor, or nothing at all.
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a published checkpoint and of the module, under the module's names."""
+
+    matched: list[str]
+    """Loaded as they are."""
+    resized: list[str]
+    """Position tables that were brought to the module's size (or left as initialised, if asked for)."""
+    missing: list[str]
+    """In the module and not in the checkpoint: left as they were."""
+    unexpected: list[str]
+    """In the checkpoint and not in the module: not used."""
+
+    def __str__(self) -> str:
+        parts = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected}
+        named = [f"{len(names)} {what} ({', '.join(names)})" for what, names in parts.items() if names]
+        return "; ".join([f"{len(self.matched)} tensors matched", *named])
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    unknown: Sequence[str],
+    source: str,
+    tables: Tables | None = None,
+    strict: bool = True,
+) -> Report:
+    """Load tensors under the module's names; if a tensor does not fit, nothing at all is loaded.
+
+    Args:
+        module: what to load into.
+        state: tensors by the module's names.
+        unknown: names of `source` that have no counterpart.
+        source: what the tensors are of, for messages.
+        tables: what to do with learned position tables of another size; None refuses them.
+        strict: refuse missing and unexpected tensors, too.
 
     Raises:
         UserError: the first tensors of `source` that are unknown, missing or of another shape, and how many there are.
     """
     ours = module.state_dict()
-    shapes = [
-        f"{name} is {list(value.shape)} there and {list(ours[name].shape)} here"
-        for name, value in state.items()
-        if name in ours and value.shape != ours[name].shape
-    ]
+    state, resized = fit_tables(module, state, tables) if tables else (state, [])
+    unexpected = [*unknown, *(name for name in state if name not in ours)]
+    missing = [name for name in ours if name not in state]
     problems = {
-        "unknown": [*unknown, *(name for name in state if name not in ours)],
-        "missing": [name for name in ours if name not in state],
-        "of another shape": shapes,
+        "unknown": unexpected if strict else [],
+        "missing": missing if strict else [],
+        "of another shape": [
+            f"{name} is {list(value.shape)} there and {list(ours[name].shape)} here"
+            for name, value in state.items()
+            if name in ours and value.shape != ours[name].shape
+        ],
     }
     found = [f"{len(names)} {what}, first {names[0]}" for what, names in problems.items() if names]
     if found:
         raise UserError(f"{source} does not fit {type(module).__name__}: tensors {'; '.join(found)}.")
-    module.load_state_dict(dict(state))
+    module.load_state_dict({name: value for name, value in state.items() if name in ours}, strict=False)
+    return Report([n for n in state if n in ours and n not in resized], resized, missing, unexpected)
 
 
 def block_count(state: Mapping[str, Tensor], prefix: str) -> int:

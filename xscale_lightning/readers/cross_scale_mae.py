@@ -17,7 +17,7 @@ from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.vit import BlockNorm
-from xscale_lightning.readers.common import Rule, State, block_count, fuse, load_strictly, rename, split
+from xscale_lightning.readers.common import Rule, State, block_count, fuse, load_state, rename, split
 
 Naming = Literal["timm", "xformers"]
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -88,7 +88,7 @@ def load_published(module: CrossScaleMAE, state: Mapping[str, Tensor]) -> None:
     for name, table, positions in zip(TABLES, tables, _positions(module), strict=True):
         if table is not None:
             _check_table(name, table, positions)
-    load_strictly(module, ours, [*strange, *unknown], "the published checkpoint")
+    load_state(module, ours, [*strange, *unknown], "the published checkpoint")
 
 
 def to_published(module: CrossScaleMAE, naming: Naming = "timm") -> State:
