@@ -23,13 +23,15 @@ from xscale_lightning.errors import UserError
         ("venus", 12),
         ("rgb", 3),
         ("fmow_rgb", 3),
+        ("enmap", 224),
+        ("enmap_202", 202),
     ],
 )
 def test_presets_have_their_bands(sensor, count):
     bands = BandSelection(sensor=sensor).resolve()
     assert bands.sensor == sensor
     assert len(bands) == len(bands.names) == len(bands.means) == len(bands.stds) == len(bands.wavelengths) == count
-    assert all(0.4 < wavelength < 2.3 for wavelength in bands.wavelengths if wavelength is not None)
+    assert all(0.4 < wavelength < 2.5 for wavelength in bands.wavelengths if wavelength is not None)
 
 
 def test_every_sensor_survives_the_checkpoint_as_plain_types():
@@ -146,3 +148,64 @@ def test_importing_bands_needs_no_reader():
         "bad = {'torchgeo', 'rasterio', 'lightning'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_generic_sensor_needs_only_the_number_of_its_bands():
+    bands = BandSelection(sensor="generic", count=369).resolve()
+    assert (len(bands), bands.names[0], bands.names[-1]) == (369, "band1", "band369")
+    assert bands.wavelengths == [None] * 369
+    assert Bands.from_dict(json.loads(json.dumps(bands.to_dict()))) == bands
+
+
+def test_wavelengths_override_those_of_the_preset_band_by_band():
+    bands = BandSelection(sensor="sentinel2_l1c", names=["B04", "B02"], wavelengths=[0.665, 0.492]).resolve()
+    assert bands.wavelengths == [0.665, 0.492]
+    assert bands.means == SENSORS["sentinel2_l1c"].select(["B04", "B02"]).means
+    assert Bands.from_dict(bands.to_dict()) == bands
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sensor": "generic"}, r"bands\.names.*or bands\.count"),
+        ({"sensor": "generic", "count": 0}, "0 bands"),
+        ({"sensor": "generic", "count": 2, "names": ["red"]}, r"bands\.count: 2 and also 1 bands\.names"),
+        ({"sensor": "enmap", "count": 224}, r"bands\.count: 224 is for sensor 'generic'"),
+        ({"sensor": "generic", "count": 3, "wavelengths": [0.4]}, "1 values for 3 bands"),
+        ({"sensor": "generic", "count": 1, "wavelengths": [490]}, "490 looks like nanometres, write 0.49"),
+        ({"sensor": "generic", "count": 1, "wavelengths": [4.9e-7]}, "looks like metres, write 0.49"),
+        ({"sensor": "generic", "count": 2, "wavelengths": [0.49, -1]}, "-1 of band band2"),
+        ({"sensor": "generic", "count": 1, "wavelengths": [float("nan")]}, "nan of band band1"),
+        ({"sensor": "generic", "count": 1, "wavelengths": [0]}, "0 of band band1"),
+        ({"sensor": "enmap", "names": ["B225"]}, r"no B225; it has B1, B2, B3, \.\.\., B224 \(224 in all\)"),
+    ],
+)
+def test_counts_and_wavelengths_that_do_not_fit_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        BandSelection(**options).resolve()
+
+
+def test_enmap_has_two_spectrometers_that_overlap_and_leaves_out_water():
+    bands = SENSORS["enmap"]
+    waves = bands.wavelengths
+    assert (waves[0], waves[90], waves[91], waves[223]) == (0.418416, 0.993338, 0.901961, 2.4453)
+    assert waves[:91] == sorted(waves[:91]) and waves[91:] == sorted(waves[91:])
+    assert [bands.names[i] for i in bands.rgb] == ["B48", "B30", "B16"]
+    used = SENSORS["enmap_202"].wavelengths
+    assert not [wave for wave in used if 1.29 < wave < 1.52 or 1.73 < wave < 1.97]
+    # Statistics lie between those of the Sentinel-2 bands on both sides, and never jump.
+    red, edge = (SENSORS["sentinel2_l2a"].select([name]).means[0] for name in ("B04", "B05"))
+    assert red < bands.means[49] < edge
+    assert max(abs(a - b) for a, b in zip(bands.means[:90], bands.means[1:91], strict=True)) < 150
+
+
+def test_differences_of_hyperspectral_records_stay_readable():
+    difference = SENSORS["enmap"].difference(BandSelection(sensor="generic", count=369).resolve())
+    assert "224 in all" in difference and "369 in all" in difference and len(difference) < 200
+
+
+def test_which_orders_files_without_names_may_have():
+    assert [len(order) for order in BandSelection(sensor="enmap_202").file_orders()] == [224, 202]
+    assert BandSelection(sensor="enmap", names=["B9", "B3"]).file_orders()[0][:2] == ("B1", "B2")
+    assert BandSelection(sensor="generic", names=["red", "nir"]).file_orders() == [("red", "nir")]
+    assert BandSelection(sensor="sentinel2_l1c").file_orders() == []  # EuroSAT and fMoW-Sentinel differ

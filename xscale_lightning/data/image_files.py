@@ -1,0 +1,108 @@
+"""Image files below a folder or inside a zip file: listed, read and decoded."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xscale_lightning.data.datamodule import check_folder
+from xscale_lightning.errors import UserError
+
+PICTURES = (".jpg", ".jpeg", ".png")
+GEOTIFFS = (".tif", ".tiff")
+REMEDY = "give a folder (or zip file) with one sub-folder of images per class."
+
+
+class FileStore:
+    """Lists and reads files below a folder or inside a zip file, by their path relative to it.
+
+    A zip file is opened anew in every process: an open handle must not be shared between workers.
+    """
+
+    def __init__(self, root: str) -> None:
+        """Remember the folder or zip file.
+
+        Raises:
+            UserError: if there is no such folder or file, or the folder is empty.
+        """
+        self.root = root
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        if not os.path.isfile(root):
+            check_folder("data.root", root, REMEDY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_archive": None}
+
+    def paths(self) -> list[str]:
+        """Relative paths of all images, sorted, with "/" between folders."""
+        if os.path.isdir(self.root):
+            tree = ((Path(folder).relative_to(self.root), files) for folder, _, files in os.walk(self.root))
+            found = [(folder / name).as_posix() for folder, files in tree for name in files]
+        else:
+            found = self._open().namelist()
+        return sorted(path for path in found if path.lower().endswith(PICTURES + GEOTIFFS))
+
+    def read(self, path: str) -> bytes:
+        """Content of one file."""
+        if os.path.isdir(self.root):
+            return Path(self.root, path).read_bytes()
+        return self._open().read(path)
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._archive is None or self._archive[0] != os.getpid():
+            try:
+                self._archive = (os.getpid(), zipfile.ZipFile(self.root))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"data.root: '{self.root}' is no readable zip file ({error}); {REMEDY}") from None
+        return self._archive[1]
+
+
+def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
+    """Decode one image to `[C, H, W]` float32, and its gsd in metres per pixel (None where the file does not say it).
+
+    jpg and png are read by Pillow (palettes become RGB, an alpha channel stays), GeoTIFFs by rasterio. Pixels that are
+    not finite get the mean of their band.
+
+    Raises:
+        ValueError: if a band has no finite pixel.
+    """
+    if path.lower().endswith(PICTURES):
+        from PIL import Image
+
+        with Image.open(io.BytesIO(content)) as picture:
+            array = np.array(picture.convert("RGB") if picture.mode in ("P", "CMYK", "YCbCr") else picture, np.float32)
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1), None
+    import rasterio
+
+    with rasterio.MemoryFile(content) as memory, memory.open() as source:
+        crs = source.crs
+        gsd = None
+        if crs is not None and crs.is_projected:
+            gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1]
+        return torch.from_numpy(_finite(source.read().astype(np.float32))), gsd
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    """Fill what is not finite in `[C, H, W]` with the mean of its band."""
+    finite = np.isfinite(pixels)
+    if finite.all():
+        return pixels
+    if not finite.any(axis=(1, 2)).all():
+        raise ValueError("a band has no finite pixel")
+    means = np.where(finite, pixels, 0).sum(axis=(1, 2)) / finite.sum(axis=(1, 2))
+    return np.where(finite, pixels, means[:, None, None]).astype(np.float32)
+
+
+def descriptions(path: str, content: bytes) -> tuple[str, ...]:
+    """Band descriptions of a GeoTIFF, "" where it gives none; () for pictures."""
+    if path.lower().endswith(PICTURES):
+        return ()
+    import rasterio
+
+    with rasterio.MemoryFile(content) as memory, memory.open() as source:
+        return tuple(text or "" for text in source.descriptions)
