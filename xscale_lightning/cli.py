@@ -10,10 +10,10 @@ from xscale_lightning.errors import describe, is_users
 
 # verb -> (module with `main(argv) -> int | None`, one line of help)
 COMMANDS = {
-    "fit": ("xscale_lightning.commands.train", "pretrain a method: xscale fit --config configs/mae.yaml"),
-    "validate": ("xscale_lightning.commands.train", "validation loss and online evaluations of a checkpoint"),
-    "test": ("xscale_lightning.commands.train", "evaluations of a checkpoint on the test split"),
-    "predict": ("xscale_lightning.commands.train", "write the embeddings of a data set"),
+    "fit": ("xscale_lightning.commands.stages", "pretrain a method: xscale fit --config configs/mae.yaml"),
+    "validate": ("xscale_lightning.commands.stages", "validation loss and online evaluations of a checkpoint"),
+    "test": ("xscale_lightning.commands.stages", "evaluations of a checkpoint on the test split"),
+    "predict": ("xscale_lightning.commands.stages", "write the embeddings of a data set"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),
     "doctor": ("xscale_lightning.commands.doctor", "check this machine: versions, devices, attention, two steps"),

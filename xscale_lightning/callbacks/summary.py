@@ -191,6 +191,7 @@ class RunSummary(Callback):
             "status": status,
             "verdict": sentence,
             "method": getattr(pl_module, "method_name", type(pl_module).__name__),
+            **({"stage": stage} if (stage := getattr(pl_module, "stage", None)) else {}),
             "metrics": {name: asdict(record) for name, record in self.records.items()},
             "losses": losses,
             "speed": {name.removeprefix("speed/"): v for name, v in values.items() if name.startswith("speed/")},

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -31,6 +30,7 @@ from xscale_lightning.callbacks import (
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
+from xscale_lightning.commands.stage_options import Stage
 from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.base import SSLModule
@@ -49,7 +49,20 @@ CALLBACKS = {
 
 
 class CLI(LightningCLI):
-    """LightningCLI with our run folders, default callbacks and checks before anything is written."""
+    """LightningCLI with our run folders, default callbacks and checks before anything is written.
+
+    Args:
+        arguments: the command line, verb first; that of the process when None.
+        check_only: make and check everything, and stop before anything is written or run.
+    """
+
+    def __init__(self, *args: Any, arguments: list[str] | None = None, check_only: bool = False, **kwargs: Any) -> None:
+        self.arguments, self.check_only = arguments, check_only
+        super().__init__(*args, **kwargs)
+
+    def parse_arguments(self, parser: Parser, args: ArgsType) -> None:  # type: ignore[override]
+        """Parse our own arguments: those of the process stay as they are, for the processes Lightning starts."""
+        self.config = parser.parse_args(self.arguments)
 
     def add_arguments_to_parser(self, parser: Parser) -> None:
         """Add the default callbacks, the run folder, and the link from the data's bands to the model's."""
@@ -63,6 +76,12 @@ class CLI(LightningCLI):
             }
         )
         parser.add_argument("--output", type=str, default="runs", help="Folder of run folders: OUTPUT/method/time.")
+        parser.add_argument(
+            "--stages",
+            type=list[Stage] | None,
+            default=None,
+            help="Stages of progressive pretraining, each a NAME and a CONFIG laid over this one; see --stages.help.",
+        )
         parser.link_arguments("data.bands", "model.init_args.bands", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -105,7 +124,7 @@ class CLI(LightningCLI):
                 f"trainer.devices {self.trainer.num_devices} is more than the {cores} CPU cores here: give fewer."
             )
         self.model.check_attention(self.trainer.strategy.root_device)
-        if self._own_logger:
+        if self._own_logger and not self.check_only:
             self.trainer.logger = self._logger()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -114,6 +133,10 @@ class CLI(LightningCLI):
         if kwargs.get("weights_only", True) is None:
             kwargs["weights_only"] = True
         return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.check_only:
+            super()._run_subcommand(subcommand)
 
     def _logger(self) -> TensorBoardLogger:
         parent = Path(self._get(self.config_init, "output"))
@@ -151,20 +174,18 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--output {str(folder)!r} cannot be written ({error.strerror}): choose another.") from error
 
 
-def main(argv: list[str]) -> None:
-    """Run one of the four verbs."""
+def prepare(argv: list[str]) -> list[str]:
+    """Make the process ready for the command line `argv` (verb first) and return it with announced names resolved."""
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
     warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*smaller than the logging interval.*")
     import_methods()
-    args = resolve_method_names(argv)
-    sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv
-    build(CLI)
+    return resolve_method_names(argv)
 
 
-def build(cls: type[CLI]) -> None:
-    """Make (and with that run) a command line of our classes."""
-    cls(
+def build(cls: type[CLI], **options: Any) -> CLI:
+    """Make (and with that run, unless it is to check only) a command line of our classes."""
+    return cls(
         SSLModule,
         XScaleDataModule,
         subclass_mode_model=True,
@@ -174,4 +195,5 @@ def build(cls: type[CLI]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        **options,
     )

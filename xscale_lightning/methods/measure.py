@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.models.attention import set_backend
@@ -37,6 +38,17 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
+class _Loss(nn.Module):
+    """A method's `step` as a module, for `functional_call`."""
+
+    def __init__(self, method: "SSLModule") -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, sample: dict[str, Any]) -> torch.Tensor:
+        return self.method.step(sample).loss
+
+
 def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     """Floating-point operations of `step` forward and backward on a prepared batch.
 
@@ -48,7 +60,11 @@ def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     set_backend(module, "math")  # its matrix products are all counted
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
-            torch.autograd.grad(module.step(sample).loss, parameters, allow_unused=True)
+            # Views stand in for the parameters: the counter's hooks refuse a module that returns a parameter as it is,
+            # such as a learned position table.
+            views = {f"method.{name}": p.view_as(p) for name, p in module.named_parameters() if p.requires_grad}
+            loss = functional_call(_Loss(module), views, (sample,), strict=False)
+            torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         set_backend(module, module.attention)
         for buffer, value in buffers:

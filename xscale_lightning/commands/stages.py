@@ -1,0 +1,270 @@
+"""`xscale fit | validate | test | predict`, and progressive pretraining: `fit` in stages, one after the other.
+
+Every stage is a run of its own (its data, schedule, folder and checkpoints) that starts from the weights of the one
+before, in the same process.
+"""
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from xscale_lightning import checkpoints
+from xscale_lightning.callbacks.probe import is_sharded
+from xscale_lightning.commands.carry import CarryMoments, EndState, carry_weights, moments_by_name
+from xscale_lightning.commands.run_folder import RunFolder
+from xscale_lightning.commands.stage_options import ONE_FOR_ALL, StagedCommand, last_given, take_apart
+from xscale_lightning.commands.train import CLI, build, prepare
+from xscale_lightning.errors import UserError, describe, is_users
+from xscale_lightning.methods.base import SSLModule
+
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
+
+def main(argv: list[str]) -> None:
+    """Run one of the four verbs."""
+    args, before = prepare(argv), sys.argv
+    sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv: they go through all stages too
+    try:
+        run(take_apart(args))
+    finally:
+        sys.argv = before
+
+
+def run(command: StagedCommand) -> None:
+    """Run a command with or without stages."""
+    if any(map(_only_shows, command.common)) and any(command.own.values()):
+        raise UserError("--print_config shows all stages: for one alone give --stages.NAME.print_config.")
+    if not command.stages or any(map(_only_shows, command.common)):
+        build(CLI, arguments=[command.verb, *command.common])
+        return
+    for index, stage in enumerate(command.stages):
+        if any(map(_only_shows, command.own[stage.name])):
+            build(CLI, arguments=command.arguments(index))
+    if command.verb == "fit":
+        StagedRun(command).run()
+    else:
+        start, _ = first_stage(command, default=len(command.stages) - 1)
+        build(CLI, arguments=command.arguments(start))
+
+
+def _only_shows(word: str) -> bool:
+    name = word.split("=")[0]
+    return name in ("-h", "--help", "--print_config") or (name.startswith("--") and name.endswith(".help"))
+
+
+class StageCLI(CLI):
+    """The command line of one stage.
+
+    Args:
+        run: what the stages share.
+        index: number of the stage, from 0.
+        end: where the stage before ended; None at the start and after a checkpoint.
+    """
+
+    def __init__(self, *args: Any, run: "StagedRun", index: int, end: EndState | None = None, **kwargs: Any) -> None:
+        self.run, self.index, self.end = run, index, end
+        super().__init__(*args, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Take over from the stage before, besides all checks of a run."""
+        command = self.run.command
+        stage = command.stages[self.index]
+        self.model.stage = {"number": self.index + 1, "of": len(command.stages), "name": stage.name}
+        super().after_instantiate_classes()
+        if is_sharded(self.trainer):
+            raise UserError("stages carry whole weights: trainer.strategy must be one device, ddp or auto.")
+        if stage.optimizer == "carry" and type(self.model).configure_optimizers is not SSLModule.configure_optimizers:
+            raise UserError(f"optimizer 'carry' needs the usual AdamW, and {type(self.model).__name__} makes its own.")
+        changed = carry_weights(self.model, self.end.weights, stage.tables) if self.end else []
+        if self.end and stage.optimizer == "carry":
+            kept = {name: state for name, state in self.end.moments.items() if name not in changed}
+            self.trainer.callbacks.insert(0, CarryMoments(kept))  # type: ignore[attr-defined]
+        if not self.check_only:
+            rank_zero_info("\n" + self._announcement(changed))
+
+    def _announcement(self, changed: list[str]) -> str:
+        stage, label = self.run.command.stages[self.index], self.run.command.label(self.index)
+        if self.end is None:
+            return label
+        verb = "resized" if stage.tables == "resize" else "initialised anew"
+        tables = f"; {verb}: {', '.join(changed)}" if changed else ""
+        moments = "AdamW's moments carried over" if stage.optimizer == "carry" else "a fresh optimizer"
+        return f"{label}: weights of stage {self.index}{tables}; {moments}"
+
+    def _logger(self) -> TensorBoardLogger:
+        output = Path(self._get(self.config_init, "output"))
+        folder = self.run.folder
+        name = folder.claim(output, self.model.method_name) if rank_zero_only.rank == 0 else self.model.method_name
+        version = f"stage_{self.index + 1}_{self.run.command.stages[self.index].name}"
+        return TensorBoardLogger(str(output), name=name, version=version, default_hp_metric=False)
+
+
+class StagedRun:
+    """`fit` in stages.
+
+    Args:
+        command: the command line, taken apart.
+    """
+
+    def __init__(self, command: StagedCommand) -> None:
+        self.command = command
+        self.folder = RunFolder()
+
+    def run(self) -> None:
+        """Check every stage, then train one after the other.
+
+        Raises:
+            UserError: with the stage it is about; before the first step wherever that is possible.
+        """
+        start, path = first_stage(self.command, default=0)
+        with quiet():
+            start, end = self._check(start, path)
+        try:
+            for index in range(start, len(self.command.stages)):
+                end = self._train(index, end, resume=path is not None and index == start and end is None)
+        finally:
+            self.folder.remove_if_unused()
+
+    def _check(self, start: int, path: str | None) -> tuple[int, EndState | None]:
+        """Make every stage as for a run, and throw it away. Returns the stage to begin with, and from where."""
+        begin, end, before, configs = start, None, None, {}
+        last = len(self.command.stages) - 1
+        for index in range(start, last + 1):
+            cli = self._build(index, before and EndState(before.model.state_dict()), resume=index == start, check=True)
+            if before is not None and cli.trainer.world_size != before.trainer.world_size:
+                there, here = before.trainer.world_size, cli.trainer.world_size
+                raise UserError(
+                    f"{self.command.label(index)}: {here} processes after {there}: give all stages as many."
+                )
+            if path is not None and index == start and index < last:
+                checkpoint, _ = checkpoints.read_metadata(path)
+                if is_finished(checkpoint, cli.trainer):
+                    begin, end = index + 1, self._end_of(checkpoint, cli, index)
+            configs[index] = self._config(cli, cli.config)
+            before = cli
+        for index in range(start):
+            assert before is not None
+            configs[index] = self._config(before, before.parser.parse_args(self.command.arguments(index, resume=False)))
+        self.folder.config = self._staged_config([configs[index] for index in range(last + 1)])
+        return begin, end
+
+    def _train(self, index: int, end: EndState | None, resume: bool) -> EndState | None:
+        cli = self._build(index, end, resume=resume, check=False)
+        if cli.trainer.interrupted:
+            raise KeyboardInterrupt
+        following = self.command.stages[index + 1 :]
+        if not following:
+            return None
+        moments = {}
+        if following[0].optimizer == "carry":
+            moments = moments_by_name(cli.model, cli.trainer.optimizers[0].state_dict())
+        state = EndState(cli.model.state_dict(), moments)
+        del cli
+        gc.collect()  # the stage's loaders and their workers, its copy of the data, its memory on the device
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return state
+
+    def _end_of(self, checkpoint: dict[str, Any], cli: CLI, index: int) -> EndState:
+        moments = {}
+        if self.command.stages[index + 1].optimizer == "carry":
+            moments = moments_by_name(cli.model, checkpoint["optimizer_states"][0])
+        return EndState(checkpoint["state_dict"], moments)
+
+    def _build(self, index: int, end: EndState | None, resume: bool, check: bool) -> StageCLI:
+        arguments = self.command.arguments(index, resume)
+
+        def make() -> CLI:
+            return build(StageCLI, run=self, index=index, end=end, arguments=arguments, check_only=check)
+
+        return in_stage(self.command.label(index), make)  # type: ignore[return-value]
+
+    def _config(self, cli: CLI, config: Any) -> dict[str, Any]:
+        return yaml.safe_load(cli._parser("fit").dump(config.fit, skip_none=False))
+
+    def _staged_config(self, configs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole run as one configuration, in which every stage says everything."""
+        stages = [
+            {
+                "name": stage.name,
+                "tables": stage.tables,
+                "optimizer": stage.optimizer,
+                "config": {key: value for key, value in config.items() if key not in ONE_FOR_ALL},
+            }
+            for stage, config in zip(self.command.stages, configs, strict=True)
+        ]
+        return {**configs[0], "ckpt_path": None, "stages": stages}
+
+
+def in_stage(label: str, work: Callable[[], CLI]) -> CLI:
+    """Result of `work`; what the user has to mend is told with the stage it is about."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_users(error):
+            raise
+        told = UserError(f"{label}: {describe(error)}").with_traceback(error.__traceback__)
+    raise told  # outside of `except`: of errors inside one another the innermost is shown
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's notes of what it found and chose: they come again when the stage runs."""
+    loggers = [logging.getLogger(name) for name in LIGHTNING_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def first_stage(command: StagedCommand, default: int) -> tuple[int, str | None]:
+    """`(index of the stage of --ckpt_path, its path)`; `(default, None)` without a checkpoint.
+
+    Outside of `fit` a checkpoint of a run without stages takes the default, too.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of a stage that there is not.
+    """
+    path = last_given(command.common, "ckpt_path")
+    if path is None:
+        return default, None
+    known = ", ".join(f"{number} {stage.name!r}" for number, stage in enumerate(command.stages, start=1))
+    if path in ("best", "last", "hpc", "registry"):
+        if command.verb != "fit":
+            return default, None
+        raise UserError(f"--ckpt_path {path!r} names no stage: give the file of a checkpoint.")
+    _, saved = checkpoints.read_metadata(path)
+    stage = saved.get("stage")
+    if stage is None:
+        if command.verb != "fit":
+            return default, path
+        raise UserError(f"--ckpt_path {path!r} is of a run without stages; the configuration has stages {known}.")
+    index = stage["number"] - 1
+    if not (0 <= index < len(command.stages) and command.stages[index].name == stage["name"]):
+        raise UserError(
+            f"--ckpt_path {path!r} is of stage {stage['number']} {stage['name']!r}; the configuration has stages "
+            f"{known}: give the stages of that run."
+        )
+    return index, path
+
+
+def is_finished(checkpoint: dict[str, Any], trainer: Trainer) -> bool:
+    """Whether the run of a checkpoint had reached the length that `trainer` has."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if trainer.max_steps != -1 and checkpoint["global_step"] >= trainer.max_steps:
+        return True
+    return trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs  # type: ignore[operator]
