@@ -83,7 +83,9 @@ class _Attention(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).reshape(batch, length, dim))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Pre-norm block, everything written out."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -109,11 +111,11 @@ class ReferenceMAE(nn.Module):
         encoder, decoder = nn.Module(), nn.Module()
         encoder.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(size.bands, size.dim, size.patch, size.patch)})
         encoder.cls_token = nn.Parameter(torch.randn(1, 1, size.dim) * 0.02)
-        encoder.blocks = nn.ModuleList(_Block(size.dim, size.heads) for _ in range(size.depth))
+        encoder.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         encoder.norm = nn.LayerNorm(size.dim, eps=1e-6)
         decoder.embed = nn.Linear(size.dim, size.decoder_dim)
         decoder.mask_token = nn.Parameter(torch.randn(1, 1, size.decoder_dim) * 0.02)
-        decoder.blocks = nn.ModuleList(_Block(size.decoder_dim, size.decoder_heads) for _ in range(size.decoder_depth))
+        decoder.blocks = nn.ModuleList(Block(size.decoder_dim, size.decoder_heads) for _ in range(size.decoder_depth))
         decoder.norm = nn.LayerNorm(size.decoder_dim, eps=1e-6)
         decoder.pred = nn.Linear(size.decoder_dim, values)
         self.backbone, self.decoder = encoder, decoder
@@ -298,6 +300,43 @@ def interleave(
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the pairs of slow / fast."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_mb(variant: "Reference | Ours", device: torch.device) -> float | None:
+    """Memory of one step above what is there before it, on CUDA; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    variant.step()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    variant.step()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def compare(
+    variants: "dict[str, Ours | Reference]", reference: str, batch: int, device: torch.device, seconds: float
+) -> dict[str, dict]:
+    """Images per second, ratio to the variant `reference` and memory of every variant; all of them interleaved."""
+    memory = {name: peak_mb(variant, device) for name, variant in variants.items()}
+    times = interleave({name: variant.step for name, variant in variants.items()}, device, seconds)
+    return {
+        name: {
+            "images_per_s": batch / statistics.median(values),
+            "ratio": median_ratio(times[reference], values),
+            "step_memory_mb": memory[name],
+        }
+        for name, values in times.items()
+    }
+
+
+def compare_rows(name: str, found: dict[str, dict]) -> list[list[str]]:
+    """Rows (variant, images per second, ratio, memory) of what `compare` found."""
+    rows = []
+    for variant, figures in found.items():
+        memory = figures["step_memory_mb"]
+        shown = "" if memory is None else f"{memory:.0f}"
+        rows.append([f"{name} {variant}", f"{figures['images_per_s']:.1f}", f"{figures['ratio']:.2f}", shown])
+    return rows
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

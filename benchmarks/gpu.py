@@ -12,6 +12,7 @@ Needs torch, timm and lightning; no imagery is read.
 
 import argparse
 import dataclasses
+import inspect
 import statistics
 import sys
 from collections.abc import Callable
@@ -73,13 +74,14 @@ def check_attention(device: torch.device) -> list[list[str]]:
 def check_methods(device: torch.device, steps: int) -> list[list[str]]:
     """Rows (method, first and last loss, verdict) of a short bfloat16 training on one batch."""
     rows = []
-    size = dataclasses.replace(common.SIZES["quickstart"], batch=16)
+    size = dataclasses.replace(common.SIZES["quickstart"], batch=16, bands=12)
     for name in method_entries():
         torch.manual_seed(0)
         cls = load_method_class(name)
-        module = cls(
-            bands=generic(size.bands), backbone=BackboneConfig("vit_tiny_patch8", depth=2), views=common.NO_VIEWS
-        )
+        default = inspect.signature(cls).parameters.get("backbone")
+        backbone = default.default if default else BackboneConfig()
+        backbone = dataclasses.replace(backbone, dim=192, depth=2, num_heads=3, patch_size=8, image_size=size.image)
+        module = cls(bands=generic(size.bands), backbone=backbone, views=common.NO_VIEWS)
         variant = common.Ours(size, device, torch.bfloat16, module=module)
         losses = [variant.step() for _ in range(steps)]
         first, last = losses[0].item(), losses[-1].item()

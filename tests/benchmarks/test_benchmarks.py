@@ -71,6 +71,31 @@ def test_the_cross_scale_reference_computes_the_same_loss_from_the_same_weights(
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_the_s2mae_reference_computes_the_same_loss_from_the_same_weights(load):
+    load("common")
+    script = load("s2mae")
+    size = script.SIZES["smallest"]
+    ours, reference = script.build(size), script.ReferenceS2MAE(size)
+    reference.load_state_dict(ours.state_dict())
+    images, noise = torch.rand(3, size.bands, size.image, size.image), torch.rand(3, reference.length)
+    loss = ours.loss(images, *random_mask(noise, size.mask_ratio)).loss
+    expected = reference(images, noise)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_s2mae_times_every_variant(load, tmp_path):
+    load("common")
+    load("s2mae").main(["--size", "smallest", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
+    variants = json.loads((tmp_path / "s2mae.json").read_text())["sizes"]["smallest"]["variants"]
+    assert {"reference float32", "ours float32", "ours bfloat16 math", "ours bfloat16 sdpa"} <= set(variants)
+    assert variants["reference float32"]["ratio"] == 1 and all(v["images_per_s"] > 0 for v in variants.values())
+
+
 def test_cross_scale_times_every_variant(load, tmp_path):
     load("common")
     script = load("cross_scale")

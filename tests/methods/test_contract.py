@@ -1,14 +1,18 @@
 """Every method passes the contract suite."""
 
+from dataclasses import replace
+
 import pytest
 
 from xscale_lightning.data.scale_view import ScaleView
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.methods.s2mae import PAPER, S2MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.testing import check_method
 
+SPECTRAL = replace(PAPER, name="spectral_vit_tiny_cube3_patch8", depth=2, pad="edge", image_size=32)
 SMALL_DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
 
 
@@ -27,3 +31,15 @@ def test_cross_scale_mae_as_published_passes_the_contract_suite(preset):
     backbone = BackboneConfig("vit_tiny_patch8", depth=2, image_size=32)
     options = {"recipe": Recipe(preset=preset), "backbone": backbone, "predictor_dim": 16}
     check_method(CrossScaleMAE, size=(32, 32), **SMALL_DECODER, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"spectral_loss": "sum"},
+        {"norm_pix_loss": True, "mask_ratio": 0.5, "normalize": "standardize", "target": "minmax"},
+        {"predict_ratio": 0.3},
+    ],
+)
+def test_s2mae_passes_the_contract_suite(options):
+    check_method(S2MAE, backbone=SPECTRAL, **SMALL_DECODER, **options)
