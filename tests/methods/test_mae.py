@@ -221,3 +221,10 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_a_ratio_that_hides_all_is_refused_at_the_first_step():
     with pytest.raises(UserError, match=r"mask_ratio 0.9 leaves none of the 6 tokens visible"):
         make(mask_ratio=0.9).step({"image": pictures()})
+
+
+def test_spectral_cubes_are_refused():
+    with pytest.raises(
+        UserError, match=r"cuts 4 spectral cubes at every place: take a vit_\* backbone, or method s2mae"
+    ):
+        MAE(bands=generic(12), backbone=BackboneConfig("spectral_vit_tiny_cube3_patch8", depth=1))

@@ -5,9 +5,24 @@ from torch import Tensor
 
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.vit import Encoder
 
 # A band whose normalised values lie this far out was normalised with another product's statistics.
 MAX_MEAN, MIN_STD, MAX_STD = 5.0, 0.02, 20.0
+
+
+def check_plane(encoder: Encoder, method: str) -> None:
+    """Refuse an encoder of spectral cubes for a method whose tokens lie in the image plane.
+
+    Raises:
+        UserError: naming the method that takes it.
+    """
+    groups = encoder.token_grid(encoder.patch_size, encoder.patch_size)[0]
+    if groups > 1:
+        raise UserError(
+            f"{method} takes patches of all bands, and this backbone cuts {groups} spectral cubes at every place: "
+            "take a vit_* backbone, or method s2mae."
+        )
 
 
 def check_finite(raw: Tensor, bands: Bands) -> None:

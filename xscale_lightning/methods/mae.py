@@ -17,6 +17,7 @@ from torch import Tensor
 from xscale_lightning.losses import normalize_patches, patch_mse
 from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_boolean
 from xscale_lightning.methods.base import Batch, Reconstruction, SSLModule, StepOutput
+from xscale_lightning.methods.checks import check_plane
 from xscale_lightning.models.decoders import MAEDecoder
 from xscale_lightning.models.tokenizers import patchify, unpatchify
 
@@ -48,6 +49,7 @@ class MAE(SSLModule):
     ) -> None:
         super().__init__(**kwargs)
         check_ratio(mask_ratio)
+        check_plane(self.backbone, "MAE")
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.patch_size = self.backbone.patch_size
