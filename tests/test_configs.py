@@ -16,7 +16,8 @@ from xscale_lightning import cli
 from xscale_lightning.data.bands import SENSORS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text()) for path in CONFIGS.rglob("*.yaml")}
+PATHS = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "ablations"]  # those are for `xscale sweep`
+FILES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text()) for path in PATHS}
 DATA = sorted(name for name in FILES if name.startswith("data/"))
 COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content

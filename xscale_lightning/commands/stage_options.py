@@ -60,8 +60,7 @@ def _read_stage(entry: Any, number: int) -> Stage:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
             raise UserError(f"{label} has an unknown key {key!r}: {hint}")
-    if not re.fullmatch(r"\w[\w-]*", entry["name"], re.ASCII):
-        raise UserError(f"{label} is no name for a folder: use letters, digits, '_' and '-'.")
+    check_name(label, entry["name"])
     for key in ("tables", "optimizer"):
         choices = get_args(get_type_hints(Stage)[key])
         if entry.get(key, choices[0]) not in choices:
@@ -73,6 +72,12 @@ def _read_stage(entry: Any, number: int) -> Stage:
         if key in config:
             raise UserError(f"{label}: config has {key!r}, which is for all stages: give it outside of stages.")
     return Stage(**{**entry, "config": config})
+
+
+def check_name(label: str, name: str) -> None:
+    """Refuse a name that is part of a folder's and cannot be."""
+    if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise UserError(f"{label} is no name for a folder: use letters, digits, '_' and '-'.")
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,12 @@ class StagedCommand:
 
         The stage's overlay and its own files come right after the last configuration file, so that options win.
         """
-        stage, words, own = self.stages[index], list(self.common), self.own[self.stages[index].name]
+        stage, own = self.stages[index], self.own[self.stages[index].name]
         spans = [(start, stop) for option, _, start, stop in options(own) if option in CONFIG_OPTIONS]
         files = [word for start, stop in spans for word in own[start:stop]]
         others = [word for i, word in enumerate(own) if not any(start <= i < stop for start, stop in spans)]
-        place = max((stop for option, _, _, stop in options(words) if option in CONFIG_OPTIONS), default=0)
-        overlay = json.dumps(stage.config, default=str)
-        words[place:place] = ["--config", overlay, *files, "--config", '{"stages": null}']
+        overlay = ["--config", json.dumps(stage.config, default=str)]
+        words = insert_configs(self.common, [*overlay, *files, "--config", '{"stages": null}'])
         without = [] if resume else ["--ckpt_path=null"]
         return [self.verb, *resolve_method_names([*words, *others, *without])]
 
@@ -155,6 +159,12 @@ def options(args: list[str]) -> Iterator[tuple[str, str | None, int, int]]:
             value = args[index]
             index += 1
         yield option, value, start, index
+
+
+def insert_configs(args: list[str], words: list[str]) -> list[str]:
+    """`args` with further --config options right after the last one, so that the other options win over them."""
+    place = max((stop for option, _, _, stop in options(args) if option in CONFIG_OPTIONS), default=0)
+    return [*args[:place], *words, *args[place:]]
 
 
 def last_given(args: list[str], key: str) -> Any:

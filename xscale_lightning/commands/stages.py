@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -27,6 +27,7 @@ from xscale_lightning.commands.train import CLI, build, prepare
 from xscale_lightning.errors import UserError, describe, is_users
 from xscale_lightning.methods.base import SSLModule
 
+Result = TypeVar("Result")
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
@@ -127,16 +128,19 @@ class StagedRun:
             UserError: with the stage it is about; before the first step wherever that is possible.
         """
         start, path = first_stage(self.command, default=0)
-        with quiet():
-            start, end = self._check(start, path)
+        start, end = self.check(start, path)
         try:
             for index in range(start, len(self.command.stages)):
                 end = self._train(index, end, resume=path is not None and index == start and end is None)
         finally:
             self.folder.remove_if_unused()
 
-    def _check(self, start: int, path: str | None) -> tuple[int, EndState | None]:
+    def check(self, start: int, path: str | None) -> tuple[int, EndState | None]:
         """Make every stage as for a run, and throw it away. Returns the stage to begin with, and from where."""
+        with quiet():
+            return self._check(start, path)
+
+    def _check(self, start: int, path: str | None) -> tuple[int, EndState | None]:
         begin, end, before, configs = start, None, None, {}
         last = len(self.command.stages) - 1
         for index in range(start, last + 1):
@@ -184,10 +188,10 @@ class StagedRun:
     def _build(self, index: int, end: EndState | None, resume: bool, check: bool) -> StageCLI:
         arguments = self.command.arguments(index, resume)
 
-        def make() -> CLI:
+        def make() -> StageCLI:
             return build(StageCLI, run=self, index=index, end=end, arguments=arguments, check_only=check)
 
-        return in_stage(self.command.label(index), make)  # type: ignore[return-value]
+        return told_of(self.command.label(index), make)
 
     def _config(self, cli: CLI, config: Any) -> dict[str, Any]:
         return yaml.safe_load(cli._parser("fit").dump(config.fit, skip_none=False))
@@ -206,8 +210,21 @@ class StagedRun:
         return {**configs[0], "ckpt_path": None, "stages": stages}
 
 
-def in_stage(label: str, work: Callable[[], CLI]) -> CLI:
-    """Result of `work`; what the user has to mend is told with the stage it is about."""
+def check(command: StagedCommand) -> None:
+    """Make everything of a `fit`, with or without stages, and throw it away; nothing is written.
+
+    Raises:
+        UserError: it would be refused.
+    """
+    if command.stages:
+        StagedRun(command).check(0, None)
+    else:
+        with quiet():
+            build(CLI, arguments=[command.verb, *command.common], check_only=True)
+
+
+def told_of(label: str, work: Callable[[], Result]) -> Result:
+    """Result of `work`; what the user has to mend is told with the stage or variant it is about."""
     try:
         return work()
     except Exception as error:

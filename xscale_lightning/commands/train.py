@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -146,6 +146,9 @@ class CLI(LightningCLI):
         return TensorBoardLogger(str(parent), name=method, version=version, default_hp_metric=False)
 
 
+AnyCLI = TypeVar("AnyCLI", bound=CLI)
+
+
 def claim(parent: Path, name: str) -> str:
     """Make the folder `parent/name`, or `name_2`, `name_3` ... where another run has it; returns the name."""
     version, count = name, 1
@@ -183,7 +186,7 @@ def prepare(argv: list[str]) -> list[str]:
     return resolve_method_names(argv)
 
 
-def build(cls: type[CLI], **options: Any) -> CLI:
+def build(cls: type[AnyCLI], **options: Any) -> AnyCLI:
     """Make (and with that run, unless it is to check only) a command line of our classes."""
     return cls(
         SSLModule,
