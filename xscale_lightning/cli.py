@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": ("xscale_lightning.commands.stages", "validation loss and online evaluations of a checkpoint"),
     "test": ("xscale_lightning.commands.stages", "evaluations of a checkpoint on the test split"),
     "predict": ("xscale_lightning.commands.stages", "write the embeddings of a data set"),
+    "reconstruct": ("xscale_lightning.commands.reconstruct", "hide parts of an image, put them back: picture, numbers"),
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),

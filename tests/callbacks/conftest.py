@@ -31,8 +31,12 @@ class TinyMethod(LightningModule):
         self.losses: list[float] = []
         self.flops_per_batch = 1000
 
-    def _normalise(self, image: Tensor) -> Tensor:
+    def scaling(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.bands.means, self.bands.stds))
+        return mean, std
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        mean, std = self.scaling(image)
         return (image - mean) / std
 
     @torch.no_grad()

@@ -68,13 +68,12 @@ class ProgressBar(RichProgressBar):
             self._step_0.update(measurement.metrics)
         self._newest = self._headline(measurement)
         if self._plain:
-            shown = ", ".join(self._with_step_0(trainer, name, v) for name, v in measurement.metrics.items())
-            against = [
-                f"{name} {format_value(value)}"
-                for values in measurement.baselines.values()
-                for name, value in values.items()
-            ]
-            print(f"step {current_step(trainer)}: {shown}" + (f"; {', '.join(against)}" if against else ""), flush=True)
+            shown = []
+            for name, value in measurement.metrics.items():
+                rivals = measurement.baselines.get(name, {}).items()
+                against = "; ".join(f"{rival} {format_value(v)}" for rival, v in rivals)
+                shown.append(self._with_step_0(trainer, name, value) + (f" [{against}]" if against else ""))
+            print(f"step {current_step(trainer)}: {', '.join(shown)}", flush=True)
 
     def _headline(self, measurement: Measurement) -> tuple[str, float] | None:
         """The figure that tells most; geometry only as long as there is nothing else."""

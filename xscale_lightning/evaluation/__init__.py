@@ -13,6 +13,7 @@ from xscale_lightning.evaluation.reconstruction import (
     psnr,
 )
 from xscale_lightning.evaluation.scales import downsample
+from xscale_lightning.evaluation.spectral import spectral_angle
 
 __all__ = [
     "ErrorSums",
@@ -30,6 +31,7 @@ __all__ = [
     "picture_grid",
     "psnr",
     "save_png",
+    "spectral_angle",
     "stretch_limits",
     "uniformity",
 ]

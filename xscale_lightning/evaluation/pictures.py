@@ -4,6 +4,7 @@ One stretch serves a whole row of columns: it is taken from the original (2nd to
 so that a reconstruction that is too dark looks too dark.
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
@@ -109,6 +110,13 @@ def picture_grid(columns: Sequence[Tensor], titles: Sequence[str]) -> np.ndarray
             cell = Image.fromarray(pixels[row]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(cell, (left, TITLE_HEIGHT + MARGIN + row * (height + MARGIN)))
     return np.asarray(canvas)
+
+
+def png_bytes(picture: np.ndarray) -> bytes:
+    """`[height, width, 3]` uint8 as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_png(picture: np.ndarray, path: str | os.PathLike[str]) -> Path:
