@@ -80,7 +80,7 @@ class CLI(LightningCLI):
             "--stages",
             type=list[Stage] | None,
             default=None,
-            help="Stages of progressive pretraining, each a NAME and a CONFIG laid over this one; see --stages.help.",
+            help="Stages of progressive pretraining: a list of {name, config (laid over this one), tables, optimizer}.",
         )
         parser.link_arguments("data.bands", "model.init_args.bands", apply_on="instantiate")
 
