@@ -131,18 +131,102 @@ def jpegs(tmp_path_factory) -> Path:
     return root
 
 
+def raster(path: Path, values: np.ndarray, gsd: float) -> None:
+    """Write `[C, H, W]` without band names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
+    transform = from_origin(500_000, 5_000_000, gsd, gsd)
+    with rasterio.open(path, "w", dtype=values.dtype, crs="EPSG:32633", transform=transform, **profile) as file:
+        file.write(values)
+
+
+def draw(means: list[float], stds: list[float], size: tuple[int, int], number: int) -> np.ndarray:
+    noise = np.random.default_rng(number).standard_normal((len(means), *size))
+    values = np.array(means)[:, None, None] + np.array(stds)[:, None, None] * noise
+    return values.clip(1, 30000).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def enmap(tmp_path_factory) -> Path:
+    """Tiles of 224 bands in the units of the preset; six bands hold the value for no data, which no file declares."""
+    root, bands = tmp_path_factory.mktemp("enmap"), SENSORS["enmap"]
+    for i in range(5):
+        values = draw(bands.means, bands.stds, (32, 32), i)
+        values[129:135] = -32768
+        raster(root / "images" / f"tile_{i}_0.tif", values, 30.0)
+        raster(root / "labels" / f"tile_{i}_0.tif", np.zeros((1, 32, 32), np.int16), 30.0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def idtrees(tmp_path_factory) -> Path:
+    root, bands = tmp_path_factory.mktemp("idtrees"), FILES["data/idtrees_hsi.yaml"]["data"]["init_args"]["bands"]
+    for i in range(5):
+        folder = root / "train" / "RemoteSensing"
+        raster(folder / "HSI" / f"MLBS_{i}.tif", draw(bands["mean"], bands["std"], (20, 20), i), 1.0)
+        raster(folder / "RGB" / f"MLBS_{i}.tif", draw([90.0] * 3, [30.0] * 3, (200, 200), i), 0.1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fmow_sentinel(tmp_path_factory) -> Path:
+    """Two classes of images of every size, 13 bands in the published order."""
+    root, arguments = tmp_path_factory.mktemp("fmow"), FILES["data/fmow_sentinel.yaml"]["data"]["init_args"]
+    place = [arguments["bands"]["names"].index(name) if name != "B10" else None for name in arguments["channels"]]
+    mean, std = ([arguments["bands"][key][i] if i is not None else 20.0 for i in place] for key in ("mean", "std"))
+    number = 0
+    for split in ("train", "val", "test_gt"):
+        for label in ("airport", "zoo"):
+            for location in range(3):
+                number += 1
+                values = draw(mean, std, (20 + 7 * number, 90), number)
+                raster(root / split / label / f"{label}_{location}" / f"{label}_{location}_0.tif", values, 10.0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bigearthnet(tmp_path_factory) -> Path:
+    """BigEarthNet v1's layout, six patches a split, every band at its own resolution."""
+    root, bands = tmp_path_factory.mktemp("ben"), FILES["data/bigearthnet.yaml"]["data"]["init_args"]["bands"]
+    size = {"B01": 20, "B09": 20} | dict.fromkeys(("B02", "B03", "B04", "B08"), 120)
+    for number, split in enumerate(("train", "val", "test")):
+        names = [f"S2A_MSIL2A_20170613T101031_{number}_{i}" for i in range(6)]
+        for name in names:
+            for band, mean, std in zip(bands["names"], bands["mean"], bands["std"], strict=True):
+                side = size.get(band, 60)
+                values = draw([mean], [std], (side, side), number)
+                raster(root / "BigEarthNet-v1.0" / name / f"{name}_{band}.tif", values, 1200 / side)
+            labels = json.dumps({"labels": ["Sea and ocean"]})
+            (root / "BigEarthNet-v1.0" / name / f"{name}_labels_metadata.json").write_text(labels)
+        rows = "".join(f"{name},{name.replace('S2A_MSIL2A', 'S1A_IW_GRDH_1SDV')}\n" for name in names)
+        (root / f"bigearthnet-{split}.csv").write_text(rows)
+    return root
+
+
+# Their images are smaller than, or no multiple of, the usual patch of 16 pixels.
+PATCH = {"idtrees_hsi": ["--model.backbone.patch_size", "4"], "bigearthnet": ["--model.backbone.patch_size", "8"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "bands"),
-    [("eurosat", "eurosat", 13), ("eurosat_rgb", "eurosat", 3), ("eurosat_jpg", "jpegs", 3)],
+    [
+        ("eurosat", "eurosat", 13),
+        ("eurosat_rgb", "eurosat", 3),
+        ("eurosat_jpg", "jpegs", 3),
+        ("enmap", "enmap", 202),
+        ("idtrees_hsi", "idtrees", 369),
+        ("fmow_sentinel", "fmow_sentinel", 12),
+        ("bigearthnet", "bigearthnet", 12),
+    ],
 )
 def test_data_files_compose_with_a_method(name, source, bands, tmp_path, request):
     root = request.getfixturevalue(source)
     recipe = [*config("mae.yaml"), *config(f"data/{name}.yaml"), "--data.root", str(root)]
-    saved = fit(tmp_path, *recipe, *QUICK, *NARROW, *NARROW_DECODER["mae.yaml"], "--model.views.size", "32")
-    assert [band["mean"] for band in saved["bands"]["bands"]] == FILES[f"data/{name}.yaml"]["data"]["init_args"][
-        "bands"
-    ]["mean"]
+    narrow = [*NARROW, *NARROW_DECODER["mae.yaml"], *PATCH.get(name, []), "--model.views.size", "32"]
+    saved = fit(tmp_path, *recipe, *QUICK, *narrow)
+    given = FILES[f"data/{name}.yaml"]["data"]["init_args"]["bands"]
+    assert [band["mean"] for band in saved["bands"]["bands"]] == (given.get("mean") or SENSORS[given["sensor"]].means)
     assert len(saved["bands"]["bands"]) == bands
 
 

@@ -150,6 +150,7 @@ def test_truncated_geotiff_is_named(tmp_path):
     ("arguments", "message"),
     [
         ({"root": "nowhere"}, "data.root: folder 'nowhere' does not exist"),
+        ({"class_level": 0}, "class_level: 0"),
         ({"holdout": 0.5}, "data.holdout"),
         ({"gsd": 0.0}, "data.gsd"),
         ({"image_size": 0}, "data.image_size"),
@@ -178,3 +179,102 @@ def test_folders_that_are_no_labelled_pictures_are_refused(tmp_path):
     picture(tmp_path / "only" / "0.png", (1, 2, 3))
     with pytest.raises(UserError, match="one folder only"):
         ImageFolderData(str(tmp_path), gsd=1.0).setup("fit")
+
+
+S2 = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
+NO_CIRRUS = BandSelection(sensor="sentinel2_l1c_12")
+
+
+@pytest.fixture
+def fmow(tmp_path):
+    """fMoW-Sentinel's layout: splits, classes, places; band c holds 100 * c; sizes vary, and one download failed."""
+    sizes = iter(range(20, 120, 3))
+    for split, places in (("train", (0, 1)), ("val", (0,)), ("test_gt", (0,))):
+        for label in ("airport", "zoo"):
+            for place in places:
+                for number in (3, 107):
+                    array = np.tile(100 * np.arange(13, dtype=np.uint16)[:, None, None], (1, next(sizes), 30))
+                    if split == "train" and label == "zoo" and place == 1 and number == 107:
+                        array = array[:1]
+                    name = f"{label}_{place}"
+                    geotiff(tmp_path / "fmow" / split / label / name / f"{name}_{number}.tif", array, crs="EPSG:4326")
+    rows = [
+        "category,location_id,image_id,timestamp,polygon",
+        'airport,0,3,2016-01-01T00:00:00Z,"POLYGON ((1 2, 3 4))"',
+    ]
+    (tmp_path / "fmow" / "train.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "fmow"
+
+
+def fmow_data(root, **options):
+    return ImageFolderData(
+        str(root), bands=NO_CIRRUS, channels=S2, class_level=2, gsd=10.0, image_size=24, num_workers=0, **options
+    )
+
+
+def test_fmow_sentinel_is_read_by_name_resized_and_labelled_by_the_second_folder(fmow):
+    data = fmow_data(fmow)
+    data.setup("fit")
+    assert (data.num_classes, data.image_size) == (2, (24, 24))
+    images, labels, files = samples(data, "val")
+    assert images.shape == (4, 12, 24, 24) and labels.tolist() == [0, 0, 1, 1]
+    expected = [100.0 * S2.index(name) for name in data.bands.names]  # no 1000, which is B10
+    assert images.mean(dim=(2, 3)).allclose(torch.tensor(expected)) and 1000.0 not in expected
+    assert all("/val/" in f"/{file}" for file in files)
+    assert all("test_gt" in file for file in samples(data, "test")[2])
+    gsd = next(iter(data.val_dataloader()))["gsd"]
+    height = rasterio.open(fmow / files[0]).height
+    assert gsd[0] == pytest.approx(10 * (height * 30 / 24**2) ** 0.5)
+
+
+def test_a_failed_download_with_one_band_is_named_and_replaced(fmow, caplog):
+    data = fmow_data(fmow)
+    images, _, _ = samples(data, "train")
+    assert images.shape == (8, 12, 24, 24) and images[:, 1].min() > 99
+    assert data.skipped == 1
+    assert "zoo_1_107.tif is not readable" in caplog.text and "1 bands where data.channels names 13" in caplog.text
+
+
+def test_a_csv_list_chooses_within_the_folder_of_its_split(fmow):
+    data = fmow_data(fmow, train_list="train.csv")
+    assert samples(data, "train")[2] == ["train/airport/airport_0/airport_0_3.tif"]  # not val's of the same name
+
+
+def test_a_csv_without_those_columns_is_a_list_of_names(root):
+    (root / "part.csv").write_text("Forest_1.png\nRiver_2\n")
+    data = ImageFolderData(str(root), gsd=1.0, num_workers=0, train_list="part.csv")
+    assert len(samples(data, "train")[2]) == 2
+
+
+def test_the_order_of_many_unnamed_bands_is_said_once_and_names_in_the_files_win(tmp_path, caplog):
+    for named in (False, True):
+        root = tmp_path / f"set{named}"
+        for label in ("a", "b"):
+            for i in range(3):
+                path = root / label / f"{label}{i}.tif"
+                geotiff(path, np.tile(np.arange(13, dtype=np.uint16)[:, None, None], (1, 8, 8)))
+                if named:
+                    with rasterio.open(path, "r+") as file:
+                        file.descriptions = [*S2[:8], *S2[9:], "B8A"]  # EuroSAT's order
+        data = ImageFolderData(str(root), bands=BandSelection(sensor="sentinel2_l1c"), num_workers=0)
+        data.setup("fit")
+        images, _, _ = samples(data, "train")
+        assert images[0, 8, 0, 0] == (12 if named else 8)
+    told = [record.getMessage() for record in caplog.records if "taken in order" in record.getMessage()]
+    assert len(told) == 1 and "setFalse" in told[0]
+
+
+def test_pixels_that_are_not_finite_get_the_mean_of_their_band(tmp_path, caplog):
+    for label in ("a", "b"):
+        for i in range(4):
+            array = np.full((3, 4, 4), 5.0, np.float32)
+            array[1, :2], array[1, 2:] = 1.0, 3.0
+            array[1, 0, 0] = np.nan
+            if (label, i) == ("b", 2):
+                array[0] = np.nan
+            geotiff(tmp_path / "set" / label / f"{label}{i}.tif", array)
+    data = ImageFolderData(str(tmp_path / "set"), num_workers=0, on_error="skip")
+    images = torch.cat([samples(data, split)[0] for split in ("train", "val", "test")])
+    assert images.isfinite().all() and len(images) == 8
+    assert images[0, 1, 0, 0] == pytest.approx((7 + 24) / 15)
+    assert data.skipped == 1 and "a band has no finite pixel" in caplog.text

@@ -130,3 +130,31 @@ def test_patch_label_is_the_majority_of_the_centre_or_mixed():
     assert labels.shape == (8, 8)
     assert labels[0].tolist() == [0, 0, MIXED, 3, 3, -1, -1, -1]
     assert labels[5:].max() == -1
+
+
+def test_twelve_bands_at_their_true_resolutions_on_the_10_m_grid():
+    """S2MAE's selection: 10 m bands untouched, 20 and 60 m bands bilinear, the same by window as read in one piece."""
+    from xscale_lightning.data.geotiff import RasterReader
+
+    data = SampleScene(bands=BandSelection(sensor="sentinel2_l1c_12"), image_size=96)
+    data.setup("fit")
+    (scene,) = data.scenes
+    record = sample_record()["bands"]
+    assert "B10" not in data.bands.names and len(data.bands) == 12
+    assert data.bands.means == [pytest.approx(record[name]["mean"]) for name in data.bands.names]
+    assert (scene.grid.gsd, scene.grid.snap) == (10.0, 6)
+    whole = scene.held[0]
+    part, _ = RasterReader().read(scene.sources, scene.grid, 240, 360, 96, 96)
+    assert np.abs(part.astype(int) - whole[:, 240:336, 360:456].astype(int)).max() <= 1  # rounding
+    for name, step in (("B02", 1), ("B05", 2), ("B01", 6), ("B12", 2)):
+        source = scene.sources[data.bands.names.index(name)]
+        with rasterio.open(source.raster.path) as file:
+            assert file.descriptions[source.index - 1] == name
+            native = file.read(source.index)
+        mine = whole[data.bands.names.index(name)]
+        # Bilinear at pixel centres: fine pixel y lies at coarse position (y + 0.5) / step - 0.5.
+        wide = torch.nn.functional.interpolate(
+            torch.from_numpy(native.astype(np.float32))[None, None], size=mine.shape, mode="bilinear"
+        )[0, 0].numpy()
+        assert native.shape == (mine.shape[0] // step, mine.shape[1] // step)
+        assert np.abs(mine - wide).max() <= 1, name
