@@ -22,7 +22,7 @@ DATA = sorted(name for name in FILES if name.startswith("data/"))
 COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
-OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE))
+OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - {"s2mae_quick.yaml", "s2mae_stages.yaml"})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -93,6 +93,33 @@ def test_overlays_go_over_every_method(name, overlay, tmp_path):
     assert {key: saved["init_args"]["backbone"][key] for key in wanted} == wanted
     sensor = FILES[name]["data"]["init_args"].get("bands", {}).get("sensor", "sentinel2_l1c")
     assert len(saved["bands"]["bands"]) == len(SENSORS[sensor])
+
+
+@pytest.mark.slow
+def test_s2mae_has_a_quick_variant(tmp_path):
+    saved = fit(tmp_path, *config("s2mae.yaml"), *config("s2mae_quick.yaml"), *QUICK, "--data.samples_per_epoch", "16")
+    given = FILES["s2mae_quick.yaml"]["model"]["init_args"]
+    assert saved["init_args"]["predict_ratio"] == given["predict_ratio"]
+    assert saved["init_args"]["backbone"]["dim"] == given["backbone"]["dim"]
+    assert [band["name"] for band in saved["bands"]["bands"]] == list(SENSORS["sentinel2_l1c_12"].names)
+
+
+@pytest.mark.slow
+def test_s2mae_trains_in_its_two_stages(tmp_path, fmow_sentinel, bigearthnet):
+    recipe = [*config("s2mae.yaml"), *config("s2mae_stages.yaml")]
+    roots = ["--stages.fmow.data.root", str(fmow_sentinel), "--stages.bigearthnet.data.root", str(bigearthnet)]
+    narrow = [*NARROW, *NARROW_DECODER["s2mae.yaml"]]
+    assert cli.main(["fit", *recipe, *roots, *QUICK, *narrow, "--output", str(tmp_path), "--debug"]) == 0
+    first, second = (
+        torch.load(next(tmp_path.glob(f"*/*/stage_{name}/checkpoints/last.ckpt")), weights_only=True)
+        for name in ("1_fmow", "2_bigearthnet")
+    )
+    assert second["xscale"]["stage"] == {"number": 2, "of": 2, "name": "bigearthnet"}
+    table = "backbone.positions.spatial.table"
+    assert first["state_dict"][table].shape[1] == 12**2 and second["state_dict"][table].shape[1] == 16**2
+    rates = [checkpoint["xscale"]["init_args"]["optimizer"]["lr"] for checkpoint in (first, second)]
+    assert rates == [2e-4, 1e-4]
+    assert [len(checkpoint["xscale"]["bands"]["bands"]) for checkpoint in (first, second)] == [12, 12]
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,21 @@ def test_a_share_of_the_hidden_cubes_is_decoded_alone():
     assert sizes == [8 + 4], "the decoder saw cubes that it was not asked for"
 
 
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_pictures_of_a_decoder_trained_on_a_share(norm_pix):
+    module = make(mask_ratio=0.5, predict_ratio=0.5, norm_pix_loss=norm_pix).double()
+    torch.nn.init.normal_(module.decoder.pred.bias)
+    sizes = []
+    module.decoder.blocks[0].register_forward_hook(lambda m, i, o: sizes.append(i[0].shape[1]))
+    images = torch.rand(2, 12, 16, 16, dtype=torch.float64)
+    kept, hidden = random_mask(torch.rand(2, 16), 0.5)
+    made = module.loss(images, kept, hidden[:, :4]).reconstruction()
+    assert sizes == [12, 12, 12], "two turns of 8 visible and 4 hidden cubes after the step's own"
+    torch.testing.assert_close(made.prediction[made.visible], images[made.visible])
+    error = (made.prediction - images)[~made.visible].abs()
+    assert error.numel() == images.numel() / 2 and (error > 1e-6).float().mean() > 0.99
+
+
 def test_positions_by_wavelength_move_between_sensors():
     options = {"position": "learned", "spectral": "wavelength", "cube_depth": 1}
     sizes = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}

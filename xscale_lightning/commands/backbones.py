@@ -17,7 +17,8 @@ def main(argv: list[str]) -> None:
     table = Table("name", "width", "blocks", "patch", "parameters", title="backbones: --model.init_args.backbone.name")
     for name in list_backbones():
         with torch.device("meta"):
-            backbone = create_backbone(name, bands)
+            pad = {"pad": "edge"} if name.startswith("spectral_") else {}  # no band count is refused
+            backbone = create_backbone(name, bands, **pad)
         count = sum(p.numel() for p in backbone.parameters()) / 1e6
         row = (backbone.num_features, backbone.depth, backbone.patch_size)
         table.add_row(name, *map(str, row), f"{count:.1f} M")

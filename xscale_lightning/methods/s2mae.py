@@ -39,7 +39,7 @@ from xscale_lightning.models.cubes import CubeEmbed
 from xscale_lightning.models.decoders import MAEDecoder
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.spectral_vit import SpectralViT, cube_positions
-from xscale_lightning.models.tokens import gather
+from xscale_lightning.models.tokens import Tokens, gather
 
 Scale = Literal["minmax", "standardize", "none"]
 PAPER = BackboneConfig(
@@ -226,15 +226,32 @@ class S2MAE(SSLModule):
         gsd: Tensor | None,
         affine: tuple[Tensor, Tensor] | None,
     ) -> Reconstruction:
-        """Every cube as the decoder sees it, visible ones too, in the scale of the input."""
+        """Every cube as the decoder predicts it, in the scale of the input; see `_decode_in_turns` for visible ones."""
         tokens = self.backbone(images, gsd=gsd, keep=kept)
-        cubes = self.decoder(tokens, gsd=gsd).to(target.dtype)
+        seen = to_boolean(kept, tokens.length)
+        mean: Tensor | float = 0.0
+        deviation: Tensor | float = 1.0
         if self.norm_pix_loss:
             every = torch.arange(tokens.length, device=kept.device)[None]
             mean, deviation = patch_statistics(target, real=self._real(every, tokens.grid))
-            cubes = cubes * deviation + mean
-        pixels = self.cubes.join(cubes, tokens.grid)
+        if self.predict_ratio < 1:
+            cubes = self._decode_in_turns(tokens, (target - mean) / deviation, seen, gsd)
+        else:
+            cubes = self.decoder(tokens, gsd=gsd).to(target.dtype)
+        pixels = self.cubes.join(cubes * deviation + mean, tokens.grid)
         if affine is not None:
             pixels = (pixels - affine[1]) / affine[0]
-        seen = to_boolean(kept, tokens.length).unsqueeze(-1).expand_as(target)
-        return Reconstruction(images, pixels, self.cubes.join(seen, tokens.grid), borrows=self.norm_pix_loss)
+        visible = self.cubes.join(seen.unsqueeze(-1).expand_as(target), tokens.grid)
+        return Reconstruction(images, pixels, visible, borrows=self.norm_pix_loss)
+
+    def _decode_in_turns(self, tokens: Tokens, cubes: Tensor, seen: Tensor, gsd: Tensor | None) -> Tensor:
+        """`cubes [B, L, V]` with the hidden ones predicted, as many at a time as the decoder was trained on.
+
+        The order is random and fixed: neighbours in one turn would be another task than the one it learned.
+        """
+        order = torch.randperm(tokens.length, generator=torch.Generator().manual_seed(0)).to(seen.device)
+        hidden = order.expand(len(seen), -1)[~seen[:, order]].unflatten(0, (len(seen), -1))  # [B, M]
+        for part in hidden.chunk(math.ceil(1 / self.predict_ratio), dim=1):
+            predicted = self.decoder.forward_some(tokens, part, gsd).to(cubes.dtype)
+            cubes = cubes.scatter(1, part.unsqueeze(-1).expand_as(predicted), predicted)
+        return cubes
