@@ -1,15 +1,14 @@
 """`xscale reconstruct CKPT IMAGE`: hide parts of an image, let a method put them back, draw and score the result."""
 
 import argparse
-import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from xscale_lightning.commands.outputs import strict_json, write_together
 from xscale_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -271,36 +270,4 @@ def _json(
         "ratios": [record(part, ratio, method.bands.names) for ratio, part in scores.items()],
         "left_out": {f"{ratio:g}": reason for ratio, reason in left_out.items()},
     }
-    return (json.dumps(_strict(content), indent=2, allow_nan=False) + "\n").encode()
-
-
-def _strict(value: Any) -> Any:
-    """Numbers that are not finite as null."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write all files, or none: every one is complete under another name before the first gets its own.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    parts: dict[Path, str] = {}
-    path = Path()
-    try:
-        for path, content in contents.items():
-            handle, parts[path] = tempfile.mkstemp(suffix=".part", dir=path.absolute().parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(parts[path], 0o644)  # mkstemp's files are for the owner alone
-        for path, part in parts.items():
-            os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({error.strerror}); choose another.") from error
-    finally:
-        for part in parts.values():
-            Path(part).unlink(missing_ok=True)
+    return strict_json(content)
