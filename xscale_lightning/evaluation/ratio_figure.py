@@ -192,17 +192,19 @@ def _band_chart(axes: "Axes", scores: Mapping[float, RatioScores], bands: "Bands
     shades = [COLOURS(0.88 - 0.8 * i / max(1, len(drawn) - 1)) for i in range(len(drawn))]
     many = len(bands) > BARS
     known = [w for w in bands.wavelengths if w is not None]
-    by_wavelength = many and len(known) == len(bands) and known == sorted(set(known))
-    places = np.array(known) * 1000 if by_wavelength else np.arange(len(bands), dtype=float)
+    by_wavelength = many and len(known) == len(bands)
+    places = np.array(known) * 1000 if by_wavelength else np.arange(1, len(bands) + 1, dtype=float)
+    order = np.argsort(places, kind="stable")  # the spectrometers of one sensor overlap
     bar = 0.8 / len(drawn)
     for i, ((ratio, part), shade) in enumerate(zip(drawn.items(), shades, strict=True)):
         assert part.method is not None
         own, rival = 100 * np.array(part.method.share), part.base_lines.get(BILINEAR)
         label, rival_label = f"{100 * ratio:g} % hidden", BILINEAR if i == 0 else ""
         if many:
-            axes.plot(places, own, color=shade, lw=1.4, label=label)
+            axes.plot(places[order], own[order], color=shade, lw=1.4, label=label)
             if rival is not None:
-                axes.plot(places, 100 * np.array(rival.share), color=shade, lw=0.8, ls=":", label=rival_label)
+                shares = 100 * np.array(rival.share)
+                axes.plot(places[order], shares[order], color=shade, lw=0.8, ls=":", label=rival_label)
             continue
         centres = places + (i - (len(drawn) - 1) / 2) * bar
         axes.bar(centres, own, bar * 0.9, color=shade, label=label)
