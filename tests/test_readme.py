@@ -111,8 +111,8 @@ def check_xscale(words: list[str], run, tmp_path: Path) -> None:
             words = [*words, "--print_config"]
     elif words[0] == "new-method":
         words = [*words, "--into", str(tmp_path)]
-    elif words[0] in ("doctor", "schema"):
-        words = [*words, "--help"]  # they take seconds, and have tests of their own
+    elif words[0] in ("doctor", "schema", "sweep", "reconstruct"):
+        words = [*words, "--help"]  # they take seconds or a checkpoint, and have tests of their own
     code, out = run(*words)
     assert code == 0, out
     if "--print_config" in words:
