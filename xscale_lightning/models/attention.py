@@ -6,6 +6,7 @@ softmax). They agree in forward and gradient within rounding (tests/models/test_
 
 import functools
 import importlib
+import itertools
 import math
 from typing import Literal
 
@@ -79,7 +80,7 @@ def attend(
     """
     if seqlens is None:
         name = choose_backend(q.device, q.dtype, k.shape[1])[0] if backend == "auto" else backend
-        return _KERNELS[name](q, k, v, None)
+        return _KERNELS[name](q, k, v)
     kv_seqlens = kv_seqlens or seqlens
     if q.shape[0] != 1 or sum(seqlens) != q.shape[1] or sum(kv_seqlens) != k.shape[1]:
         raise ValueError(
@@ -89,23 +90,21 @@ def attend(
     name = choose_backend(q.device, q.dtype, max(kv_seqlens))[0] if backend == "auto" else backend
     if name == "xformers":
         return _xformers(q, k, v, _block_diagonal(seqlens, kv_seqlens))
-    return _unpacked(q, k, v, seqlens, kv_seqlens, name)
+    return _by_runs(q, k, v, seqlens, kv_seqlens, name)
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
     logits = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
     return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, d]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: object | None) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: object | None = None) -> Tensor:
     ops = importlib.import_module("xformers.ops")
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
 
@@ -119,27 +118,19 @@ def _block_diagonal(seqlens: tuple[int, ...], kv_seqlens: tuple[int, ...]) -> ob
     return bias.BlockDiagonalMask.from_seqlens(list(seqlens), list(kv_seqlens))
 
 
-@functools.lru_cache(maxsize=64)
-def _padding(seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where packed tokens stand in a padded `[S, L]` layout: source index, validity, and the way back `[sum]`."""
-    lengths = torch.tensor(seqlens)
-    starts = lengths.cumsum(0) - lengths
-    steps = torch.arange(int(lengths.max()))
-    valid = steps < lengths[:, None]  # [S, L]
-    source = torch.where(valid, starts[:, None] + steps, starts[:, None])
-    back = valid.flatten().nonzero().squeeze(1)
-    return source.to(device), valid.to(device), back.to(device)
-
-
-def _unpacked(
+def _by_runs(
     q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...], kv_seqlens: tuple[int, ...], name: str
 ) -> Tensor:
-    """Packed attention for kernels without a block-diagonal mode: one padded row per sequence, keys masked."""
-    source, _, back = _padding(seqlens, q.device)
-    kv_source, kv_valid, _ = _padding(kv_seqlens, k.device)
-    mask = None if len(set(kv_seqlens)) == 1 else kv_valid[:, None, None, :]  # [S, 1, 1, M]
-    out = _KERNELS[name](q[0][source], k[0][kv_source], v[0][kv_source], mask)  # [S, L, H, d]
-    return out.flatten(0, 1)[back].unsqueeze(0)
+    """Packed attention for kernels without a block-diagonal mode: one call per run of equal lengths, nothing padded."""
+    groups = itertools.groupby(zip(seqlens, kv_seqlens, strict=True))
+    runs = [(len(list(same)), n, m) for (n, m), same in groups]  # sequences, queries and keys of each
+    queries = [count * n for count, n, _ in runs]
+    keys = [count * m for count, _, m in runs]
+    parts = [
+        _KERNELS[name](*(t.unflatten(0, (count, size)) for t, size in ((a, n), (b, m), (c, m)))).flatten(0, 1)
+        for (count, n, m), a, b, c in zip(runs, q[0].split(queries), k[0].split(keys), v[0].split(keys), strict=True)
+    ]
+    return torch.cat(parts).unsqueeze(0)
 
 
 class Attention(TimmAttention):
