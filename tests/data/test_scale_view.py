@@ -53,6 +53,20 @@ def test_the_whole_image_at_half_the_size_has_twice_the_gsd():
     torch.testing.assert_close(view.images[..., 1:-1, 1:-1], F.avg_pool2d(ramp(), 2)[..., 1:-1, 1:-1])
 
 
+@pytest.mark.parametrize("scale", [(0.25, 0.75), (0.05, 0.05), (1.0, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("ratio", [(1.0, 1.0), (0.25, 2.0), (0.75, 1.3333)])
+@pytest.mark.parametrize("image", [(64, 64), (32, 128)])
+@pytest.mark.parametrize("sizes", [None, [32]])
+def test_no_crop_is_shorter_than_the_shortest_side(scale, ratio, image, sizes):
+    torch.manual_seed(0)
+    maker = ScaleView(scale=scale, ratio=ratio, sizes=sizes)
+    boxes = maker(View(torch.zeros(4000, 1, 1, 1).expand(4000, 1, *image))).boxes
+    shortest, drawn = maker.shortest_side(*image), boxes[:, 2:].min().item()
+    assert drawn >= shortest - 1e-3
+    if image == (64, 64):
+        assert drawn < shortest * 1.1
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -60,6 +74,8 @@ def test_the_whole_image_at_half_the_size_has_twice_the_gsd():
         ({"scale": (0.5, 1.5)}, "scale_view.scale"),
         ({"scale": (0.7, 0.3)}, "scale_view.scale"),
         ({"ratio": (1.1, 1.2)}, "scale_view.ratio"),
+        ({"ratio": (0.5, float("inf"))}, "scale_view.ratio"),
+        ({"interpolation": "cubic"}, "scale_view.interpolation: 'cubic' is unknown"),
         ({"sizes": []}, "scale_view.sizes"),
         ({"sizes": [0]}, "scale_view.sizes"),
     ],

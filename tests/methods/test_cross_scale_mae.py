@@ -3,10 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from xscale_lightning.data.bands import generic
 from xscale_lightning.data.scale_view import ScaleView, View
-from xscale_lightning.errors import UserError
+from xscale_lightning.data.views import Views
+from xscale_lightning.errors import UserError, describe
 from xscale_lightning.masking import random_mask
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.cross_scale_recipe import PRESETS, Recipe
@@ -33,10 +36,11 @@ def views(module: CrossScaleMAE, size: int = 32, second: int | None = None, batc
     return View(images[0], gsd), View(images[1], gsd / 2, box), masks[0], masks[1]
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(encoder_norm=False)])
 @pytest.mark.parametrize("position", ["sincos", "gsd"])
 @pytest.mark.parametrize("second", [32, 16])
-def test_one_pass_gives_the_losses_of_two_passes(second, position):
-    module = make(backbone={"position": position})
+def test_one_pass_gives_the_losses_of_two_passes(second, position, recipe):
+    module = make(backbone={"position": position, "reference_gsd": 3.0}, recipe=recipe)
     first, other, mask, other_mask = views(module, second=second)
     output = module.loss(first, other, mask, other_mask)
     features = []
@@ -109,6 +113,15 @@ def test_gsd_positions_hear_of_each_views_scale():
     assert abs(before["reconstruction_b"] - after["reconstruction_b"]) > 1e-6
 
 
+def test_positions_at_the_reference_gsd_are_plain_ones_in_encoder_and_decoder():
+    plain, scaled = make(), make(backbone={"position": "gsd", "reference_gsd": 3.0})
+    first, second, *masks = views(plain)
+    gsd = torch.full((3,), 3.0, dtype=torch.float64)
+    ours = scaled.loss(View(first.images, gsd), View(second.images, gsd, second.boxes), *masks).logs
+    expected = plain.loss(first, second, *masks).logs
+    assert all(abs(ours[name] - expected[name]) < 1e-5 for name in expected)  # plain tables are rounded to float32
+
+
 def test_a_last_validation_batch_of_one_image_has_no_contrast():
     module = make()
     batch = {"image": torch.randn(1, 3, 32, 32, dtype=torch.float64)}
@@ -152,8 +165,14 @@ def test_presets_set_every_switch_and_single_ones_override(preset):
     [
         ({"mask_ratio": 1.0}, {}, "mask_ratio"),
         ({"contrastive_weight": -1.0}, {}, "weights"),
+        ({"contrastive_weight": float("nan")}, {}, "weights"),
         ({"temperature": 0.0}, {}, "temperature"),
+        ({"temperature": float("inf")}, {}, "temperature"),
         ({"decoder_heads": 5}, {}, "heads"),
+        ({"decoder_heads": 0}, {}, "decoder_heads must be at least 1"),
+        ({"decoder_dim": 30, "decoder_heads": 3}, {}, "decoder_dim 30"),
+        ({"predictor_dim": 0}, {}, "predictor_dim must be at least 1"),
+        ({"recipe": Recipe(preset="published")}, {"patch_size": 64}, "bn_position counts the patches"),
         ({}, {"block_norm": "post"}, "recipe.block_norm"),
         ({"recipe": Recipe(preset="paper")}, {"final_norm": False}, "recipe.encoder_norm"),
     ],
@@ -168,7 +187,8 @@ def test_impossible_arguments_are_refused(options, backbone, message):
     [
         ({"recipe": Recipe(predictor_norm="bn_position")}, "bn_position is made for 16 patches"),
         ({"scale_view": ScaleView(sizes=[4])}, "smaller than a patch"),
-        ({"scale_view": ScaleView(scale=(0.01, 0.5))}, "a crop of 6.4 pixels, smaller than a patch of 8"),
+        ({"scale_view": ScaleView(scale=(0.01, 0.5), ratio=(1, 1))}, "a crop of 6.4 pixels, smaller than a patch of 8"),
+        ({"scale_view": ScaleView(scale=(0.05, 0.5), ratio=(0.25, 4))}, "a crop of 7.16 pixels, smaller"),
         ({"scale_view": ScaleView(sizes=[36])}, "does not divide"),
         ({"scale_view": ScaleView(sizes=[8]), "mask_ratio": 0.75}, "leaves none"),
         ({"scale_view": ScaleView(sizes=[32]), "recipe": Recipe(align="index")}, "align"),
@@ -185,6 +205,56 @@ def test_batches_of_one_are_refused_at_set_up():
     with pytest.raises(UserError, match="at least 2 images per process"):
         make().check_data(data, fitting=True)
     make().check_data(data, fitting=False)
+
+
+def test_a_loader_of_single_images_is_refused_before_the_first_step(tmp_path):
+    images = [{"image": torch.randn(3, 32, 32)} for _ in range(2)]
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match="training loader's batch size 1: the contrastive loss needs at least 2"):
+        trainer.fit(make().float(), DataLoader(images, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "native", "reason"),
+    [
+        ({"size": 64, "recipe": Recipe(preset="published")}, 32, "made for 64 patches and a view has 16"),
+        ({"mask_ratio": 0.9, "scale_view": ScaleView(ratio=(1, 1))}, 16, "leaves none"),
+    ],
+)
+def test_the_size_of_validation_images_is_checked_beside_that_of_the_views(options, native, reason):
+    module = make(views=Views(size=64), **options)
+    data = SimpleNamespace(bands=generic(3), image_size=(native, native), batch_size=8)
+    with pytest.raises(
+        UserError, match=f"data.image_size {native} x {native}.* views.size 64: .*\n.*{reason}"
+    ) as caught:
+        module.check_data(data, fitting=True)
+    assert describe(caught.value) == str(caught.value)  # what the command line says
+    module.check_data(SimpleNamespace(bands=generic(3), image_size=64, batch_size=8), fitting=True)
+
+
+def test_timm_backbones_cannot_have_the_published_norms():
+    timms = BackboneConfig("timm:vit_tiny_patch16_224")
+    with pytest.raises(UserError, match="timm backbones are pre-norm with a final norm: use recipe"):
+        Recipe(preset="published").resolve().apply(timms)
+    assert Recipe().resolve().apply(timms) == timms
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"preset": "x"},
+        {"reconstruction": "avg"},
+        {"block_norm": "mid"},
+        {"predictor_norm": "bn"},
+        {"crop_per": "image"},
+        {"align": "place"},
+        {"norm_eps": 0.0},
+    ],
+)
+def test_values_that_a_switch_does_not_have_are_refused(switch):
+    with pytest.raises(UserError, match=f"recipe.{next(iter(switch))}"):
+        Recipe(**switch)
 
 
 def test_another_grid_is_refused_by_the_predictor():

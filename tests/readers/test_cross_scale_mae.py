@@ -12,9 +12,9 @@ from xscale_lightning.readers.common import open_published
 from xscale_lightning.readers.cross_scale_mae import build_published, load_published, to_published
 
 
-def make(block_norm: str = "post", **options) -> CrossScaleMAE:
+def make(block_norm: str = "post", backbone: BackboneConfig | None = None, **options) -> CrossScaleMAE:
     torch.manual_seed(0)
-    backbone = BackboneConfig("vit_tiny_patch8", dim=48, num_heads=4, depth=2, image_size=32)
+    backbone = backbone or BackboneConfig("vit_tiny_patch8", dim=48, num_heads=4, depth=2, image_size=32)
     sizes = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4, "predictor_dim": 16}
     recipe = Recipe(preset="published", block_norm=block_norm, norm_eps=1e-5 if block_norm == "post" else 1e-6)
     return CrossScaleMAE(recipe=recipe, bands=generic(4), backbone=backbone, **{**sizes, **options})
@@ -54,6 +54,20 @@ def test_a_plain_mae_checkpoint_is_refused():
     state = {n: v for n, v in to_published(make()).items() if not n.startswith("predictor")}
     with pytest.raises(UserError, match="no published Cross-Scale MAE"):
         build_published(state)
+
+
+@pytest.mark.parametrize(("given", "asked"), [({}, "num_heads"), ({"num_heads": 4}, "decoder_heads")])
+def test_heads_of_a_width_that_was_not_published_must_be_given(given, asked):
+    with pytest.raises(UserError, match=rf"no published model is (48|32) wide.*give {asked} "):
+        build_published(to_published(make()), generic(4), **given)
+
+
+def test_published_widths_have_their_heads():
+    backbone = BackboneConfig("vit_tiny_patch8", dim=128, num_heads=4, depth=1, image_size=32)
+    module = make(backbone=backbone, decoder_dim=256)
+    again = build_published(to_published(module), generic(4), block_norm="post")
+    heads = [blocks[0].attn.num_heads for blocks in (again.backbone.blocks, again.decoder.blocks)]
+    assert heads == [8, 8]  # not one per 64 channels
 
 
 def test_files_that_could_run_code_are_not_opened(tmp_path):

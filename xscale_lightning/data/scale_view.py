@@ -1,7 +1,8 @@
 """The second view of Cross-Scale MAE: a part of the first one at another scale, made on the images' own device."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +56,25 @@ class ScaleView:
         self.ratio = (float(self.ratio[0]), float(self.ratio[1]))
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"scale_view.scale: {list(self.scale)} is not possible; needs 0 < smallest <= largest <= 1")
-        if not 0 < self.ratio[0] <= 1 <= self.ratio[1]:
+        if not 0 < self.ratio[0] <= 1 <= self.ratio[1] < math.inf:
             raise UserError(f"scale_view.ratio: {list(self.ratio)} is not possible; needs 0 < smallest <= 1 <= largest")
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
             raise UserError(f"scale_view.sizes: {self.sizes} is not possible; give pixel sizes of at least 1, or null.")
+        if self.interpolation not in get_args(Interpolation):
+            known = ", ".join(get_args(Interpolation))
+            raise UserError(f"scale_view.interpolation: {self.interpolation!r} is unknown; choose from {known}.")
 
     def output_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Heights and widths that the views of images of this size can have."""
         return [(height, width)] if self.sizes is None else [(size, size) for size in self.sizes]
+
+    def shortest_side(self, height: int, width: int) -> float:
+        """Shortest side in pixels that a crop of images of this size can have."""
+        share = self.scale[0]
+        distortion = max(min(self.ratio[0], 1 / self.ratio[1]), share)  # a crop of share 1 has no room for any
+        if self.sizes is None:  # the crop has the shape of the image, distorted
+            return min(height, width) * (share * distortion) ** 0.5
+        return min(height, width, (share * height * width * distortion) ** 0.5)
 
     def __call__(self, view: View, crop_per: CropPer = "sample") -> View:
         """The second view of `view`; its gsd is that of the first times the linear zoom (geometric mean of both axes).

@@ -13,6 +13,7 @@ views of different pixel sizes in one packed pass, a cross-scale prediction that
 positions scaled by the gsd of each view, and negatives from all processes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from xscale_lightning.data.scale_view import ScaleView, View
 from xscale_lightning.data.views import crop_resize
 from xscale_lightning.errors import UserError
-from xscale_lightning.losses import normalize_patches, nt_xent, patch_mse
+from xscale_lightning.losses import at_least_float32, normalize_patches, nt_xent, patch_mse
 from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_boolean
 from xscale_lightning.methods.base import Batch, Reconstruction, SSLModule, StepOutput
 from xscale_lightning.methods.cross_scale_recipe import Recipe
@@ -56,8 +57,9 @@ class CrossScaleMAE(SSLModule):
         **kwargs: see `SSLModule`.
 
     Raises:
-        UserError: a ratio outside [0, 1), a weight below 0, a width that the heads do not divide; when a run starts,
-            batches of one image, and views that the patches or a switch of the recipe cannot take.
+        UserError: a ratio outside [0, 1), a weight that is negative or not finite, sizes that the decoder cannot have;
+            when a run starts, batches of one image, and images or views that the patches or a switch of the recipe
+            cannot take.
     """
 
     sample_wise = False  # a batch is contrasted with itself
@@ -85,10 +87,11 @@ class CrossScaleMAE(SSLModule):
         super().__init__(backbone=backbone, **kwargs)
         check_ratio(mask_ratio)
         self.weights = (reconstruction_weight, prediction_weight, contrastive_weight)
-        if min(self.weights) < 0:
-            raise UserError(f"the loss weights must not be negative, got {self.weights}.")
-        if not temperature > 0:
-            raise UserError(f"temperature must be above 0, got {temperature}.")
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise UserError(f"the loss weights must be finite and not negative, got {self.weights}.")
+        if not 0 < temperature < math.inf:
+            raise UserError(f"temperature must be finite and above 0, got {temperature}.")
+        _check_sizes(decoder_dim=decoder_dim, decoder_heads=decoder_heads, predictor_dim=predictor_dim)
         self.recipe, self.scale_view = recipe, scale_view
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.temperature, self.gather_negatives = temperature, gather_negatives
@@ -105,6 +108,11 @@ class CrossScaleMAE(SSLModule):
             GSDPositions(decoder_dim, backbone.reference_gsd) if backbone.position == "gsd" else None,
         )
         positions = (backbone.image_size // self.patch_size) ** 2
+        if recipe.predictor_norm == "bn_position" and positions < 1:
+            raise UserError(
+                f"recipe.predictor_norm bn_position counts the patches of backbone.image_size {backbone.image_size}, "
+                f"which is smaller than a patch of {self.patch_size}: set it to the size of the views."
+            )
         self.predictor = MLPPredictor(decoder_dim, predictor_dim, recipe.predictor_norm or "ln", positions)  # q
 
     # ---- one step -------------------------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ class CrossScaleMAE(SSLModule):
         terms["reconstruction"] = share * (terms["reconstruction_a"] + terms["reconstruction_b"])
         terms["cross_prediction"] = self._cross_prediction(decoded[1], decoded[0], tokens, second)
         if self.training or len(first.images) > 1:  # a last validation batch of one image has nothing to contrast
-            terms["contrastive"] = self._contrastive(*(z.patches.mean(1) for z in tokens))
+            terms["contrastive"] = self._contrastive(*(at_least_float32(z.patches).mean(1) for z in tokens))
         weighted = zip(self.weights, ("reconstruction", "cross_prediction", "contrastive"), strict=True)
         loss = torch.stack([weight * terms[name] for weight, name in weighted if name in terms]).sum()
         return StepOutput(loss, terms, lambda: self._reconstruct(first.images, decoded[0], tokens[0]))
@@ -182,23 +190,39 @@ class CrossScaleMAE(SSLModule):
     # ---- what is refused before the first step --------------------------------------------------------------------
 
     def check_data(self, data: Any, fitting: bool) -> None:
-        """Refuse also batches of one image per process: the contrastive loss is then undefined."""
+        """Refuse also batches of one image, and data whose own size does not do where `views.size` does."""
         super().check_data(data, fitting)
-        size = getattr(data, "batch_size", None)
-        if fitting and size is not None and size < 2:
+        own = getattr(data, "image_size", None)
+        height, width = (own, own) if isinstance(own, int) else own or (0, 0)
+        if fitting and (wanted := self.views.size) and height and width and (reason := self._refusal(height, width)):
             raise UserError(
-                f"data.batch_size {size}: the contrastive loss needs at least 2 images per process; raise the batch "
-                "size, or train method mae."
+                f"data.image_size {height} x {width}, which validation, pictures and kNN see, does not do beside "
+                f"views.size {wanted}: set data.image_size to {wanted}.\n{reason}"
             )
+        if fitting:
+            _check_batch("data.batch_size", getattr(data, "batch_size", None))
+
+    def _refusal(self, height: int, width: int) -> str:
+        try:
+            self.check_size(height, width)
+        except UserError as error:  # only its words: of chained errors the command line shows the first
+            return str(error)
+        return ""
+
+    def on_train_start(self) -> None:
+        """Refuse also a loader of single images, which a data module that does not say its batch size can have."""
+        super().on_train_start()
+        _check_batch("the training loader's batch size", self._batch_size())
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse also view sizes that the patches, the mask or the recipe cannot take."""
         super().check_size(height, width)
-        smallest = (self.scale_view.scale[0] * height * width) ** 0.5
-        if smallest < self.patch_size:
+        shortest = self.scale_view.shortest_side(height, width)
+        if shortest < self.patch_size:
             raise UserError(
-                f"scale_view.scale: {self.scale_view.scale[0]:g} of {height} x {width} pixels is a crop of "
-                f"{smallest:.3g} pixels, smaller than a patch of {self.patch_size}: raise it."
+                f"scale_view.scale: {self.scale_view.scale[0]:g} of {height} x {width} pixels, with scale_view.ratio "
+                f"{list(self.scale_view.ratio)}, can be a crop of {shortest:.3g} pixels, smaller than a patch of "
+                f"{self.patch_size}: raise it."
             )
         for size in ((height, width), *self.scale_view.output_sizes(height, width)):
             if min(size) < self.patch_size:
@@ -226,3 +250,19 @@ class CrossScaleMAE(SSLModule):
                 f"recipe.predictor_norm bn_position is made for {self.predictor.positions} patches and a view has "
                 f"{count}: set recipe.predictor_norm to ln, or backbone.image_size to the size of every view."
             )
+
+
+def _check_sizes(decoder_dim: int, decoder_heads: int, predictor_dim: int) -> None:
+    if decoder_dim < 4 or decoder_dim % 4:
+        raise UserError(f"decoder_dim {decoder_dim}: its sin-cos positions need a multiple of 4.")
+    for name, value in (("decoder_heads", decoder_heads), ("predictor_dim", predictor_dim)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_batch(name: str, size: int | None) -> None:
+    if size is not None and size < 2:
+        raise UserError(
+            f"{name} {size}: the contrastive loss needs at least 2 images per process; raise the batch size, or train "
+            "method mae."
+        )

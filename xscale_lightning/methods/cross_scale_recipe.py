@@ -1,7 +1,7 @@
 """The switches of Cross-Scale MAE: where the published code, the paper's figure and our comparisons differ."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from xscale_lightning.data.scale_view import CropPer
 from xscale_lightning.errors import UserError
@@ -10,6 +10,8 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.vit import BlockNorm
 
 Preset = Literal["recommended", "published", "paper"]
+Reduction = Literal["sum", "mean"]
+Align = Literal["index", "ground"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,14 @@ class Recipe:
 
     preset: Preset = "recommended"
     """`published`: what the authors' launch script runs; `paper`: the paper's figure where it differs from that code;
-    `recommended`: what did best in our comparisons (docs/methods/cross_scale_mae.md)."""
+    `recommended`: as good as `paper` in one seed, and takes any grid (docs/methods/cross_scale_mae.md)."""
     block_norm: BlockNorm | None = None
     """LayerNorm before (`pre`) or after (`post`, as the published launch script builds it) attention and MLP."""
     norm_eps: float | None = None
     """Epsilon of these LayerNorms: 1e-5 in the published post-norm blocks, 1e-6 in the pre-norm ones."""
     encoder_norm: bool | None = None
     """Apply the LayerNorm after the encoder's last block (figure); the published code discards its result."""
-    reconstruction: Literal["sum", "mean"] | None = None
+    reconstruction: Reduction | None = None
     """L_re is the sum (code) or the mean (figure) of the two views' losses."""
     positive_in_denominator: bool | None = None
     """NT-Xent as in SimCLR; the published code leaves the positive out (decoupled)."""
@@ -38,8 +40,17 @@ class Recipe:
     """One scale crop per `batch` (code) or per `sample`."""
     shared_mask: bool | None = None
     """The same mask for both views; the published trainer draws two."""
-    align: Literal["index", "ground"] | None = None
+    align: Align | None = None
     """Token i of B predicts token i of A (`index`, code), or A at the same place on the ground (`ground`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that a switch does not have."""
+        for name, kind in CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(kind) and (value is not None or name == "preset"):
+                raise UserError(f"recipe.{name}: {value!r} is unknown; choose from {', '.join(get_args(kind))}.")
+        if self.norm_eps is not None and not self.norm_eps > 0:
+            raise UserError(f"recipe.norm_eps must be above 0, got {self.norm_eps}.")
 
     def resolve(self) -> "Recipe":
         """This recipe with every switch set."""
@@ -52,9 +63,15 @@ class Recipe:
         """`backbone` with the norms of this (resolved) recipe.
 
         Raises:
-            UserError: the backbone's configuration asks for others.
+            UserError: the backbone's configuration asks for others, or a timm backbone cannot have them.
         """
         wanted = {"block_norm": self.block_norm, "norm_eps": self.norm_eps, "final_norm": self.encoder_norm}
+        own = [name for name, value in wanted.items() if value != getattr(BackboneConfig, name)]
+        if backbone.name.startswith("timm:") and own:
+            raise UserError(
+                "timm backbones are pre-norm with a final norm: use recipe.preset recommended, or vit_* "
+                f"(recipe.preset {self.preset}, {own[0]} {wanted[own[0]]}, backbone.name {backbone.name})."
+            )
         for name, value in wanted.items():
             asked = getattr(backbone, name)
             if asked not in (value, getattr(BackboneConfig, name)):
@@ -63,6 +80,14 @@ class Recipe:
         return replace(backbone, **wanted)
 
 
+CHOICES = {
+    "preset": Preset,
+    "block_norm": BlockNorm,
+    "reconstruction": Reduction,
+    "predictor_norm": PredictorNorm,
+    "crop_per": CropPer,
+    "align": Align,
+}
 PUBLISHED = Recipe(
     preset="published",
     block_norm="post",

@@ -22,6 +22,9 @@ from xscale_lightning.readers.common import Rule, State, block_count, fuse, load
 Naming = Literal["timm", "xformers"]
 QKV = ("q_proj", "k_proj", "v_proj")
 TABLES = ("encoder_pos_embed", "decoder_pos_embed")
+# Attention heads of the published widths, which no tensor's shape tells.
+ENCODER_HEADS = {128: 8, 512: 8, 768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {256: 8, 512: 16}
 
 FROM_TIMM: list[Rule] = [
     (r"(cls_token|patch_embed\.proj\.\w+)", r"backbone.\1"),
@@ -109,7 +112,7 @@ def build_published(
     state: Mapping[str, Tensor],
     bands: Bands | None = None,
     num_heads: int | None = None,
-    decoder_heads: int = 16,
+    decoder_heads: int | None = None,
     block_norm: BlockNorm | None = None,
     **options: Any,
 ) -> CrossScaleMAE:
@@ -118,13 +121,13 @@ def build_published(
     Args:
         state: published names, either naming; see `open_published`.
         bands: record of the bands; default nameless ones.
-        num_heads: heads of the encoder, which no shape tells; default one per 64 channels.
-        decoder_heads: heads of the decoder; 16 in every published size.
+        num_heads: heads of the encoder, which no shape tells; default those of the published width.
+        decoder_heads: heads of the decoder, likewise.
         block_norm: default that of the naming: timm's blocks are pre-norm, xFormers' post-norm.
         **options: further arguments of `CrossScaleMAE`, such as `recipe`.
 
     Raises:
-        UserError: as `load_published`, or a state dict of another method.
+        UserError: as `load_published`; a state dict of another method; a width that was not published, without heads.
     """
     naming = naming_of(state)
     needed = ("patch_embed.proj.weight", "decoder_embed.weight", "predictor.0.weight", "predictor.1.weight")
@@ -132,6 +135,7 @@ def build_published(
     if lacking:
         raise UserError(f"this is no published Cross-Scale MAE (class suffix MsLdCeCd): it lacks {lacking[0]!r}.")
     dim, channels, patch, _ = state[needed[0]].shape
+    decoder_dim = len(state["decoder_embed.weight"])
     middle = "encoders." if naming == "xformers" else ""
     hidden = f"{_MLP}.0.weight" if naming == "xformers" else "mlp.fc1.weight"
     block_norm = block_norm or ("post" if naming == "xformers" else "pre")
@@ -141,7 +145,7 @@ def build_published(
         patch_size=patch,
         dim=dim,
         depth=block_count(state, f"encoder.{middle}"),
-        num_heads=num_heads or max(1, dim // 64),
+        num_heads=_heads("num_heads", ENCODER_HEADS, dim) if num_heads is None else num_heads,
         mlp_ratio=len(state[f"encoder.{middle}0.{hidden}"]) / dim,
         image_size=patch * isqrt(len(state["predictor.1.weight"])),
     )
@@ -149,15 +153,24 @@ def build_published(
         recipe=options.pop("recipe", recipe),
         bands=bands or generic(channels),
         backbone=options.pop("backbone", backbone),
-        decoder_dim=len(state["decoder_embed.weight"]),
+        decoder_dim=decoder_dim,
         decoder_depth=block_count(state, f"decoder.{middle}"),
-        decoder_heads=decoder_heads,
+        decoder_heads=_heads("decoder_heads", DECODER_HEADS, decoder_dim) if decoder_heads is None else decoder_heads,
         predictor_dim=len(state["predictor.0.weight"]),
         **options,
     )
     module.to(state[needed[0]].dtype)
     load_published(module, state)
     return module
+
+
+def _heads(name: str, published: Mapping[int, int], dim: int) -> int:
+    if dim not in published:
+        raise UserError(
+            f"no published model is {dim} wide, so its heads are not known: give {name} (published: "
+            f"{', '.join(f'{heads} of {width}' for width, heads in published.items())})."
+        )
+    return published[dim]
 
 
 def _positions(module: CrossScaleMAE) -> tuple[Any, Any]:
