@@ -3,8 +3,9 @@
     python benchmarks/cross_scale.py                        both sizes, some minutes on two CPU cores
     python benchmarks/cross_scale.py --size vit_base --batch 64 --seconds 60
 
-The reference does what the published code does: one pass per view, explicit softmax attention, every patch embedded
-and predicted, and a contrastive loss that writes out the product of all pairs of features. Ours runs once per attention
+The reference is the published arithmetic on the blocks of preset `paper` (pre-norm, encoder norm applied, mean of the
+two reconstructions): one pass per view, explicit softmax attention, every patch embedded and predicted, and a
+contrastive loss that writes out the product of all pairs of features. Ours runs once per attention
 backend that this device has (math, sdpa, xformers), in encoder and decoder alike. A row of MAE says what the second
 view costs. Ratios are medians over pairs of neighbouring steps. One image counts once, although it gives two views.
 """
@@ -34,7 +35,7 @@ SIZES = {
 
 
 class ReferenceCrossScale(common.ReferenceMAE):
-    """The published arithmetic on pre-norm blocks; its parameters have the names of ours."""
+    """The published arithmetic with the norms and the mean of preset `paper`; its parameters have the names of ours."""
 
     def __init__(self, size: common.Size) -> None:
         super().__init__(size)
