@@ -1,6 +1,7 @@
 """Loss terms as pure functions; each is tested alone against a closed form."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,81 @@ def nt_xent(
         similarity = similarity.scatter(1, left_out.reshape(-1, 2 * count).T, -torch.inf)
         floor = similarity.new_full((), math.log(1e-8))
         return (torch.logaddexp(similarity.logsumexp(1), floor) - positive.squeeze(1)).mean()
+
+
+def patch_discrimination(
+    prediction: Tensor,
+    target: Tensor,
+    temperature: float = 0.2,
+    standardize: bool = True,
+    negatives: Literal["image", "batch"] = "image",
+) -> Tensor:
+    """Which target belongs to which prediction? Contrastive loss among the tokens of an image, in float32 or better.
+
+    With u the normalised predictions and v the normalised targets, `[B, M, D]`, and i, j tokens of one image:
+
+        L = 2 tau mean_i ( -log  exp(<u_i, v_i> / tau) / sum_j exp(<u_i, v_j> / tau) )
+
+    Args:
+        prediction: of the hidden tokens.
+        target: what they are; gets no gradient here only if it has none.
+        temperature: tau.
+        standardize: first bring every feature of the predictions to mean 0 and deviation 1 over the tokens of the image
+            (unbiased, 1e-4 added to the deviation), as published; Galileo and OlmoEarth do without.
+        negatives: j runs over the tokens of the same `image`, or over those of the whole `batch` (Galileo's AllDisc).
+
+    Source: Wei et al. 2024 (LatentMIM), "patch discrimination", published code: factor 2 tau, 1e-4, temperature 0.2.
+
+    Raises:
+        UserError: fewer than two tokens per image, so there are no negatives; a temperature that is not positive.
+    """
+    if prediction.shape[1] < 2:
+        raise UserError(
+            f"patch discrimination needs at least 2 hidden tokens per image, got {prediction.shape[1]}: "
+            "hide more of them, or take larger images."
+        )
+    if not temperature > 0:
+        raise UserError(f"temperature must be above 0, got {temperature}.")
+    with torch.autocast(prediction.device.type, enabled=False):
+        u, v = at_least_float32(prediction), at_least_float32(target)
+        if standardize:
+            u = (u - u.mean(1, keepdim=True)) / (u.std(1, keepdim=True) + 1e-4)
+        if negatives == "batch":
+            u, v = u.flatten(0, 1).unsqueeze(0), v.flatten(0, 1).unsqueeze(0)  # [1, B * M, D]
+        logits = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / temperature  # [B, M, M]
+        right = logits.diagonal(dim1=1, dim2=2)  # [B, M]
+        return 2 * temperature * (logits.logsumexp(2) - right).mean()
+
+
+def mean_similarity(tokens: Tensor) -> Tensor:
+    """Mean cosine over all pairs of tokens of one image, a token with itself too, of `[B, N, D]`; a scalar.
+
+    The mean over pairs is the squared length of the mean direction, so no `[N, N]` matrix is made.
+
+    Source: Wei et al. 2024 (LatentMIM), whose similarity constraint holds it near a value that falls.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        return F.normalize(at_least_float32(tokens), dim=-1).mean(1).square().sum(-1).mean()
+
+
+def affinity_gram(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosines between all pairs of tokens of an image, of `[B, N, D]` each.
+
+    With s and t the normalised tokens: mean over b, i, j of (<s_i, s_j> - <t_i, t_j>)^2, the diagonal included, in
+    float32 or better. The teacher's width may be another.
+
+    Source: Waithaka et al. 2026 (spatial affinity); Simeoni et al. 2025 (DINOv3), Gram anchoring.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        grams = [x @ x.transpose(1, 2) for x in (F.normalize(at_least_float32(y), dim=-1) for y in (student, teacher))]
+        return (grams[0] - grams[1]).square().mean()
+
+
+def affinity_features(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the normalised tokens `[B, N, D]`: the ablation of `affinity_gram`."""
+    with torch.autocast(student.device.type, enabled=False):
+        s, t = (F.normalize(at_least_float32(x), dim=-1) for x in (student, teacher))
+        return (s - t).square().mean()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

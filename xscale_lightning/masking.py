@@ -55,3 +55,18 @@ def to_boolean(indices: Tensor, length: int) -> Tensor:
     """Boolean mask `[B, L]`, true at `indices [B, K]`."""
     mask = torch.zeros(len(indices), length, dtype=torch.bool, device=indices.device)
     return mask.scatter(1, indices, True)
+
+
+def children(parents: Tensor, width: int, ratio: int) -> Tensor:
+    """Tokens of a grid `ratio` times finer that cover each of the `parents [B, N]` of a grid `width` tokens wide.
+
+    Returns:
+        Flat indices `[B, N * ratio * ratio]` into the finer grid; parents keep their order, and the children of one
+        stand together in row-major order.
+
+    Source: Waithaka et al. 2026 (spatial affinity), published code.
+    """
+    step = torch.arange(ratio, device=parents.device)
+    rows = parents.div(width, rounding_mode="floor")[..., None] * ratio + step  # [B, N, r]
+    columns = (parents % width)[..., None] * ratio + step
+    return (rows[..., :, None] * (width * ratio) + columns[..., None, :]).flatten(-3)
