@@ -172,14 +172,14 @@ def last_given(args: list[str], key: str) -> Any:
     value = None
     for option, text, _, _ in options(args):
         if option in CONFIG_OPTIONS and text:
-            content = _content(text)
+            content = content_of(text)
             value = content.get(key, value)
         elif option == f"--{key}" and text is not None:
             value = load_yaml(text)
     return value
 
 
-def _content(text: str) -> dict[str, Any]:
+def content_of(text: str) -> dict[str, Any]:
     """What a --config gives; nothing where it cannot be read: the parser will say so."""
     try:
         content = load_yaml(Path(text).read_text(encoding="utf-8") if not text.lstrip().startswith("{") else text)

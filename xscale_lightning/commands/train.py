@@ -29,6 +29,7 @@ from xscale_lightning.callbacks import (
     Throughput,
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
+from xscale_lightning.commands.optional_args import settle_optional_args
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
 from xscale_lightning.commands.stage_options import Stage
 from xscale_lightning.data.datamodule import XScaleDataModule
@@ -62,7 +63,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Parser, args: ArgsType) -> None:  # type: ignore[override]
         """Parse our own arguments: those of the process stay as they are, for the processes Lightning starts."""
-        self.config = parser.parse_args(self.arguments)
+        self.config = parser.parse_args(self.arguments and settle_optional_args(self.arguments))
 
     def add_arguments_to_parser(self, parser: Parser) -> None:
         """Add the default callbacks, the run folder, and the link from the data's bands to the model's."""
