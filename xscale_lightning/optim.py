@@ -1,7 +1,7 @@
 """AdamW with parameter groups whose learning rate and weight decay are functions of the optimizer step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ class OptimizerConfig:
     """Learning rate at the last step (as given, not scaled)."""
     warmup_lr: float = 0.0
     """Learning rate at step 0 of the warm-up (as given, not scaled)."""
+    floor: float = 0.0
+    """Least learning rate, in the warm-up and at the end, as a share of the peak."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up in epochs, fractions allowed; at most the whole run."""
     weight_decay: float = 0.05
@@ -48,6 +50,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # NaN fails as well
                 raise UserError(f"optimizer.{name} must be finite and not negative, got {value}.")
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"optimizer.floor must be in [0, 1], got {self.floor}.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}.")
 
@@ -57,7 +61,11 @@ class OptimizerConfig:
 
 
 def parameter_groups(
-    module: nn.Module, layer_decay: float | None = None, layer_index: Callable[[str], int] | None = None, depth: int = 0
+    module: nn.Module,
+    layer_decay: float | None = None,
+    layer_index: Callable[[str], int] | None = None,
+    depth: int = 0,
+    undecayed: Sequence[str] = (),
 ) -> list[dict]:
     """Trainable parameters in groups of equal decay and learning-rate scale.
 
@@ -69,6 +77,7 @@ def parameter_groups(
         layer_decay: factor per layer, or None.
         layer_index: maps a parameter name under `backbone.` to 0..depth + 1; names outside it count as depth + 1.
         depth: number of blocks.
+        undecayed: parts of names of further parameters that are not decayed.
 
     Returns:
         Dictionaries with `params`, `names`, `decay` (bool) and `lr_scale`.
@@ -80,7 +89,7 @@ def parameter_groups(
         scale = 1.0
         if layer_decay is not None and layer_index is not None and name.startswith("backbone."):
             scale = layer_decay ** (depth + 1 - layer_index(name))
-        decay = parameter.ndim > 1
+        decay = parameter.ndim > 1 and not any(part in name for part in undecayed)
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -99,7 +108,9 @@ class Plan:
     def lr(self, step: int) -> float:
         """Learning rate for optimizer step `step` (0-based)."""
         c = self.config
-        return warmup_cosine(step, self.total_steps, self.warmup_steps, c.warmup_lr, self.peak_lr, c.min_lr)
+        least = c.floor * self.peak_lr
+        start, end = max(c.warmup_lr, least), max(c.min_lr, least)
+        return warmup_cosine(step, self.total_steps, self.warmup_steps, start, self.peak_lr, end)
 
     def weight_decay(self, step: int) -> float:
         """Weight decay for optimizer step `step` (0-based)."""

@@ -179,7 +179,7 @@ class SSLModule(ScheduledModule):
         height, width = (size, size) if isinstance(size, int) else size or (0, 0)
         if height and width:
             self.check_size(height, width)
-            self.num_tokens = math.prod(self.backbone.token_grid(height, width)) + self.backbone.num_prefix
+            self.num_tokens = math.prod(self.token_grid(height, width)) + self.backbone.num_prefix
 
     def check_attention(self, device: torch.device) -> None:
         """Refuse an attention backend that cannot run on `device`.
@@ -189,6 +189,10 @@ class SSLModule(ScheduledModule):
         """
         if self.attention != "auto" and self.attention not in available_backends(device):
             raise UserError(f"model.attention {self.attention!r} cannot run: {xformers_status()[1]}. Set it to auto.")
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Token grid `(G, H, W)` of a training image of `height x width` pixels."""
+        return self.backbone.token_grid(height, width)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse an image size in pixels; methods add their own conditions, such as a mask that leaves no token.

@@ -1,9 +1,11 @@
 """What one step of a method hands to the base module and, through it, to the callbacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from xscale_lightning.models.tokens import Tokens
 
 
 @dataclass
@@ -32,8 +34,11 @@ class StepOutput:
         loss: scalar to minimise.
         logs: loss terms and other scalars `{name: tensor}`, logged as `train/<name>`.
         reconstruction: makes the pictures when a callback asks for them; None for methods without pixels.
+        student: what the student made of the patches it saw (`Tokens.kept`), one entry per mask; for add-ons that look
+            at the tokens of a method, so that nothing is encoded twice.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     reconstruction: Callable[[], Reconstruction] | None = None
+    student: Sequence[Tokens] = ()

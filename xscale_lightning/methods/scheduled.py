@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ class ScheduledModule(LightningModule):
 
     Attributes:
         stage: `number`, `of` and `name` of the stage of progressive pretraining that this is, if it is one.
+        undecayed: parts of parameter names that weight decay leaves alone, beside vectors; a method may name some.
     """
 
     stage: dict[str, Any] | None = None
+    undecayed: Sequence[str] = ()
     backbone: Encoder
     attention: Backend
     num_tokens: int = 1
@@ -83,7 +85,8 @@ class ScheduledModule(LightningModule):
             f"learning rate {scaled}{self.plan.peak_lr:.4g} ({batch} samples per step), {int(total)} steps, "
             f"{warmup} of warm-up\nattention for whole images of {self.num_tokens} tokens: {backend} ({why})"
         )
-        groups = parameter_groups(self, config.layer_decay, self.backbone.layer_index, self.backbone.depth)
+        layers = (config.layer_decay, self.backbone.layer_index, self.backbone.depth)
+        groups = parameter_groups(self, *layers, undecayed=self.undecayed)
         optimizer = build_adamw(groups, config)
         optimizer.register_step_pre_hook(lambda opt, *_: apply_plan(opt, self._run_plan, self._optimizer_step))
         optimizer.register_step_post_hook(lambda opt, *_: self._move_targets(getattr(opt, "found_inf", None)))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 Backend = Literal["auto", "xformers", "sdpa", "math"]
 
@@ -167,8 +167,32 @@ class Attention(TimmAttention):
         return self.proj_drop(self.proj(self.norm(out.reshape(batch, length, self.attn_dim))))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence to another, computed by `attend`.
+
+    Args:
+        dim: width of both.
+        num_heads: attention heads.
+    """
+
+    backend: Backend = "auto"
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries `x [B, M, D]` to the keys and values of `context [B, N, D]` -> `[B, M, D]`."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, M, H, d]
+        k, v = self.kv_proj(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # [B, N, H, d]
+        return self.proj(attend(q, k, v, backend=self.backend).flatten(2))
+
+
 def set_backend(module: torch.nn.Module, backend: Backend) -> None:
     """Make every attention layer inside `module` use `backend`."""
     for layer in module.modules():
-        if isinstance(layer, Attention):
+        if isinstance(layer, Attention | CrossAttention):
             layer.backend = backend

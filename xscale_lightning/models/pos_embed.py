@@ -80,9 +80,24 @@ class SinCosPositions(nn.Module):
         """Positions `[1, H * W, D]` for `grid = (..., H, W)`, in type and on the device of `like`; `gsd` is ignored."""
         key = (*grid[-2:], like.dtype, like.device)
         if key not in self._cache:
-            height, width = (torch.arange(n, dtype=torch.float64) for n in grid[-2:])
+            height, width = (self.coordinates(n) for n in grid[-2:])
             self._cache[key] = sincos_2d(self.dim, height, width).float().to(like).unsqueeze(0)
         return self._cache[key]
+
+    def coordinates(self, count: int) -> Tensor:
+        """Coordinates `[count]` along one axis."""
+        return torch.arange(count, dtype=torch.float64)
+
+
+class StretchedPositions(SinCosPositions):
+    """Sin-cos positions at n coordinates from 0 to n, both ends included: neighbours are n / (n - 1) apart.
+
+    Source: Wei et al. 2024 (LatentMIM), published code.
+    """
+
+    def coordinates(self, count: int) -> Tensor:
+        """Coordinates `[count]` along one axis."""
+        return super().coordinates(count) * (count / max(count - 1, 1))
 
 
 class GSDPositions(nn.Module):

@@ -20,7 +20,8 @@ class BackboneConfig:
     name: str = "vit_small_patch16"
     """Registered name (`xscale backbones` lists them) or `timm:NAME`."""
     position: Position = "sincos"
-    """`sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel) or `learned` (a table that resizes)."""
+    """`sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel), `stretched` (fixed, LatentMIM: n coordinates
+    from 0 to n) or `learned` (a table that resizes)."""
     image_size: int = 224
     """Pixels per side that a learned position table is made for; other positions do not need it."""
     class_token: bool = True

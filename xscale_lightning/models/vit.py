@@ -16,13 +16,14 @@ from xscale_lightning.models.pos_embed import (
     GSDPositions,
     LearnedPositions,
     SinCosPositions,
+    StretchedPositions,
     resize_table,
     take_positions,
 )
 from xscale_lightning.models.tokenizers import PatchEmbed, PatchTokenizer, check_divides
 from xscale_lightning.models.tokens import Tokens, pack, unpack
 
-Position = Literal["sincos", "learned", "gsd"]
+Position = Literal["sincos", "learned", "gsd", "stretched"]
 Pool = Literal["mean", "cls"]
 BlockNorm = Literal["pre", "post"]
 
@@ -97,7 +98,9 @@ def plane_positions(
     if position == "learned":
         check_divides(patch_size, *image_size)
         return LearnedPositions(dim, (image_size[0] // patch_size, image_size[1] // patch_size))
-    return GSDPositions(dim, reference_gsd) if position == "gsd" else SinCosPositions(dim)
+    if position == "gsd":
+        return GSDPositions(dim, reference_gsd)
+    return StretchedPositions(dim) if position == "stretched" else SinCosPositions(dim)
 
 
 class Encoder(nn.Module):
@@ -168,7 +171,8 @@ class ViT(Encoder):
         dim: width D.
         depth: number of blocks.
         num_heads: attention heads.
-        position: `sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel) or `learned` (a table that resizes).
+        position: `sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel), `stretched` (fixed, LatentMIM) or
+            `learned` (a table that resizes).
         image_size: pixels (height, width) that the learned table is made for; the others do not need it.
         class_token: prepend a learned token; it has no position, as in MAE.
         drop_path: stochastic depth, rising linearly to this rate.
