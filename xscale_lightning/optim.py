@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -38,6 +39,9 @@ class OptimizerConfig:
     """AdamW's second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    first_step: Literal[0, 1] = 0
+    """Step of the learning rate's and weight decay's schedules at which the first update is made; 1 as with published
+    schedulers that step before the optimizer does (I-JEPA)."""
     layer_decay: float | None = None
     """Learning rate of block i times `layer_decay ** (depth + 1 - i)`; null: all alike."""
 
@@ -116,7 +120,7 @@ class Plan:
         """Weight decay for optimizer step `step` (0-based)."""
         c = self.config
         final = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
-        return cosine(step, self.total_steps, c.weight_decay, final)
+        return cosine(step + c.first_step, self.total_steps, c.weight_decay, final)
 
 
 def build_adamw(groups: Iterable[dict], config: OptimizerConfig) -> AdamW:

@@ -41,7 +41,9 @@ def test_a_method_takes_what_it_has_from_itself_and_its_bases():
 
 @pytest.mark.parametrize("name", [f"{Bare.__module__}.Bare", "Bare", "no.such.Method"])
 def test_the_others_leave_it_out(name):
-    (content,) = settled("--config", json.dumps({"model": {"class_path": name}}), "--config", overlay(mask_ratio=0.5))[1:]
+    (content,) = settled("--config", json.dumps({"model": {"class_path": name}}), "--config", overlay(mask_ratio=0.5))[
+        1:
+    ]
     assert content == {"model": {"init_args": {"attention": "math"}}}
 
 
@@ -55,7 +57,7 @@ def test_the_place_among_the_other_words_stays():
 def test_wrong_names_are_refused():
     with pytest.raises(UserError, match=r"no method has an argument 'mask_ration': did you mean 'mask_ratio'\?"):
         settled("--model", "mae", "--config", overlay(mask_ration=0.5))
-    with pytest.raises(UserError, match="optional_args.attention is under model.init_args, too"):
+    with pytest.raises(UserError, match=r"optional_args\.attention is under model\.init_args, too"):
         settled("--model", "mae", "--config", overlay(attention="math"))
 
 

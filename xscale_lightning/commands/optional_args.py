@@ -1,6 +1,6 @@
 """`model.optional_args` of a configuration file: arguments for the methods that have them, left out for the others.
 
-So one overlay, such as `configs/quickstart.yaml`, can make the decoder of one method and the predictor of another small.
+So one overlay, such as `configs/quickstart.yaml`, makes the decoder of one method and the predictor of another small.
 """
 
 import importlib

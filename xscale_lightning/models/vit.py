@@ -248,20 +248,20 @@ class ViT(Encoder):
 
     def encode(self, tokens: Tokens) -> Tokens:
         """Blocks and final norm."""
-        x = tokens.x
+        return replace(tokens, x=self.encode_rows(tokens.x))
+
+    def encode_rows(self, x: Tensor, seqlens: tuple[int, ...] | None = None) -> Tensor:
+        """Blocks and final norm over embedded tokens `[B, N, D]`, or over a packed row `[1, sum N, D]` of `seqlens`."""
         for block in self.blocks:
-            x = block(x)
-        return replace(tokens, x=self.norm(x) if self.final_norm else x)
+            x = block(x, seqlens=seqlens)
+        return self.norm(x) if self.final_norm else x
 
     def encode_together(self, batches: Sequence[Tokens]) -> list[Tokens]:
         """Encode several token batches in one pass; those of different lengths are packed into one row."""
         if len({tokens.x.shape[1] for tokens in batches}) == 1:
             return super().encode_together(batches)
         rows, seqlens = pack([tokens.x for tokens in batches])
-        for block in self.blocks:
-            rows = block(rows, seqlens=seqlens)
-        rows = self.norm(rows) if self.final_norm else rows
-        parts = unpack(rows, [tokens.x for tokens in batches])
+        parts = unpack(self.encode_rows(rows, seqlens), [tokens.x for tokens in batches])
         return [replace(tokens, x=x) for tokens, x in zip(batches, parts, strict=True)]
 
     def load_timm_state_dict(self, weights: dict[str, Tensor]) -> list[str]:

@@ -19,7 +19,8 @@ Rule = tuple[str, str]  # pattern of a whole name, replacement
 def open_published(path: str | Path) -> State:
     """The state dict of a checkpoint file, without running code from it.
 
-    Published files hold the weights at the top, or under `model` or `state_dict`, beside the run's arguments.
+    Published files hold the weights at the top, or under `model` or `state_dict`, beside the run's arguments; where
+    each network has a state dict of its own (I-JEPA), names begin with that of the network.
 
     Raises:
         UserError: no such file, damaged, with content that could run code, or without weights.
@@ -35,7 +36,16 @@ def open_published(path: str | Path) -> State:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    state = {n: v for n, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    state = {n: v for n, v in content.items() if isinstance(v, Tensor)}
+    if not state:
+        networks = {part: weights for part, weights in content.items() if isinstance(weights, dict)}
+        state = {
+            f"{part}.{str(name).removeprefix('module.')}": value
+            for part, weights in networks.items()
+            for name, value in weights.items()
+            if isinstance(value, Tensor)
+        }
     if not state:
         raise UserError(f"checkpoint {str(path)!r} holds no weights.")
     return {name.removeprefix("module."): value for name, value in state.items()}
