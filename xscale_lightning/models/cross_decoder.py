@@ -62,7 +62,7 @@ class CrossDecoder(nn.Module):
     Source: Wei et al. 2024 (LatentMIM), published code: 512 wide, 3 blocks, 16 heads; the mask token begins at zero.
 
     Raises:
-        UserError: a width that the heads do not divide.
+        UserError: a width that the heads do not divide, or nothing to decode with.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class CrossDecoder(nn.Module):
         positions: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if min(dim, depth, num_heads) < 1:
+            raise UserError(f"decoder width, depth and heads must be at least 1, got {dim}, {depth} and {num_heads}.")
         if dim % num_heads:
             raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change one of them.")
         self.embed = nn.Linear(in_dim, dim)

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from xscale_lightning.errors import UserError
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.models.vit import Encoder, ViT, init_weights
 
@@ -19,10 +20,15 @@ class ProjectionHead(nn.Module):
         norm_eps: epsilon of the LayerNorms.
 
     Source: Wei et al. 2024 (LatentMIM), published code: 3 layers, 4096 wide.
+
+    Raises:
+        UserError: a hidden width below 1, or fewer than 0 layers.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 4096, layers: int = 3, norm_eps: float = 1e-5) -> None:
         super().__init__()
+        if hidden_dim < 1 or layers < 0:
+            raise UserError(f"head_dim must be at least 1 and head_layers 0 or more, got {hidden_dim} and {layers}.")
         self.layers = layers
         widths = [dim, *[hidden_dim] * (layers - 1), dim]
         for i in range(layers):
