@@ -37,6 +37,7 @@ NARROW_DECODER = {
     "mae.yaml": ["--model.decoder_depth", "1"],
     "cross_scale_mae.yaml": ["--model.decoder_depth", "1", "--model.predictor_dim", "32"],
     "s2mae.yaml": ["--model.decoder_depth", "1"],
+    "ijepa.yaml": ["--model.predictor.depth", "1"],
 }
 
 

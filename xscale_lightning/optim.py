@@ -114,7 +114,7 @@ class Plan:
         c = self.config
         least = c.floor * self.peak_lr
         start, end = max(c.warmup_lr, least), max(c.min_lr, least)
-        return warmup_cosine(step, self.total_steps, self.warmup_steps, start, self.peak_lr, end)
+        return warmup_cosine(step + c.first_step, self.total_steps, self.warmup_steps, start, self.peak_lr, end)
 
     def weight_decay(self, step: int) -> float:
         """Weight decay for optimizer step `step` (0-based)."""

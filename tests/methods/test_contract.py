@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 
 from xscale_lightning.data.scale_view import ScaleView
+from xscale_lightning.masking_blocks import BlockMasks
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.cross_scale_recipe import Recipe
+from xscale_lightning.methods.ijepa import IJEPA
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import PAPER, S2MAE
+from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.testing import check_method
 
@@ -43,3 +46,9 @@ def test_cross_scale_mae_as_published_passes_the_contract_suite(preset):
 )
 def test_s2mae_passes_the_contract_suite(options):
     check_method(S2MAE, backbone=SPECTRAL, **SMALL_DECODER, **options)
+
+
+@pytest.mark.parametrize("masks", [BlockMasks(), BlockMasks("balanced", contexts=2), BlockMasks("legacy", min_keep=1)])
+def test_ijepa_passes_the_contract_suite(masks):
+    backbone = BackboneConfig("vit_tiny_patch8", depth=2, class_token=False)
+    check_method(IJEPA, backbone=backbone, predictor=PredictorConfig(48, 1), masks=masks)

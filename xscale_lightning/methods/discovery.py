@@ -16,6 +16,7 @@ BUILT_IN = {
     "mae": "xscale_lightning.methods.mae:MAE",
     "cross_scale_mae": "xscale_lightning.methods.cross_scale_mae:CrossScaleMAE",
     "s2mae": "xscale_lightning.methods.s2mae:S2MAE",
+    "ijepa": "xscale_lightning.methods.ijepa:IJEPA",
     "latent_mim": "xscale_lightning.methods.latent_mim:LatentMIM",
 }
 
