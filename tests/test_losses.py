@@ -1,9 +1,19 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.losses import normalize_patches, nt_xent, patch_mse
+from xscale_lightning.losses import (
+    affinity_features,
+    affinity_gram,
+    mean_similarity,
+    normalize_patches,
+    nt_xent,
+    patch_discrimination,
+    patch_mse,
+)
 
 
 def test_patches_are_standardised_by_their_own_unbiased_variance():
@@ -84,3 +94,67 @@ def test_nt_xent_ignores_autocast_and_refuses_one_image():
     torch.testing.assert_close(inside, nt_xent(a.bfloat16().float(), b.bfloat16().float()))
     with pytest.raises(UserError, match="at least 2 images"):
         nt_xent(a[:1], b[:1])
+
+
+def test_patch_discrimination_of_orthogonal_targets_has_a_closed_form():
+    tau, count = 0.25, 5
+    tokens = 3.0 * torch.eye(count, dtype=torch.float64).expand(2, -1, -1)  # lengths do not matter
+    right = patch_discrimination(tokens, tokens, tau, standardize=False)
+    assert right.item() == pytest.approx(2 * tau * math.log(1 + (count - 1) * math.exp(-1 / tau)))
+    wrong = patch_discrimination(tokens.roll(1, dims=1), tokens, tau, standardize=False)
+    assert wrong.item() == pytest.approx(right.item() + 2)  # 2 tau * 1 / tau
+    batch = patch_discrimination(tokens, tokens, tau, standardize=False, negatives="batch")
+    every = math.exp(1 / tau)  # of the other image, one target is the same
+    assert batch.item() == pytest.approx(2 * tau * (math.log(2 * every + 2 * (count - 1)) - 1 / tau))
+
+
+def test_standardised_predictions_forget_scale_and_offset_of_every_feature():
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 3, 7, 4, dtype=torch.float64).unbind()
+    moved = prediction * torch.tensor([1e3, 2e3, 5e3, 4e3]) + torch.tensor([10.0, -3.0, 1.0, 0.0])
+    plain, other = (patch_discrimination(x, target) for x in (1e3 * prediction, moved))
+    assert abs(plain - other) < 1e-6 < abs(patch_discrimination(moved, target, standardize=False) - plain)
+    a, b = (prediction - prediction.mean(1, keepdim=True)), target
+    a = a / (prediction.std(1, keepdim=True) + 1e-4)
+    cosine = F.cosine_similarity(a[:, :, None], b[:, None], dim=-1) / 0.2
+    expected = 0.4 * F.cross_entropy(cosine.flatten(0, 1), torch.arange(7).repeat(3))
+    torch.testing.assert_close(patch_discrimination(prediction, target), expected, rtol=1e-12, atol=0)
+
+
+def test_mean_similarity_is_that_of_all_pairs():
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 6, 5, dtype=torch.float64)
+    pairs = F.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
+    torch.testing.assert_close(mean_similarity(tokens), pairs.mean(), rtol=1e-12, atol=0)
+    assert mean_similarity(tokens[:, :1].expand(-1, 4, -1)).item() == pytest.approx(1)
+
+
+def test_affinities_compare_cosines_of_pairs_or_the_tokens():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 6, 5, dtype=torch.float64).unbind()
+    a, b = (F.cosine_similarity(x[:, :, None], x[:, None], dim=-1) for x in (s, t))
+    torch.testing.assert_close(affinity_gram(s, t), (a - b).square().mean(), rtol=1e-12, atol=0)
+    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    assert affinity_gram(s, 2 * s @ turn).item() < 1e-28  # blind to rotations, which the tokens are not
+    torch.testing.assert_close(affinity_features(s, t), (2 - 2 * F.cosine_similarity(s, t, dim=-1)).mean() / 5)
+    assert affinity_features(s, s @ turn) > 0.01 and affinity_gram(s, torch.randn(3, 6, 9).double()).ndim == 0
+
+
+@pytest.mark.parametrize(
+    "loss", [patch_discrimination, affinity_gram, affinity_features, lambda a, b: mean_similarity(a)]
+)
+def test_losses_of_tokens_ignore_autocast(loss):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 2, 16, 32).bfloat16().unbind()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(a, b)
+    assert inside.dtype is torch.float32
+    torch.testing.assert_close(inside, loss(a.float(), b.float()))
+
+
+def test_patch_discrimination_refuses_one_token_and_no_temperature():
+    tokens = torch.randn(2, 3, 4)
+    with pytest.raises(UserError, match="at least 2 hidden tokens per image, got 1"):
+        patch_discrimination(tokens[:, :1], tokens[:, :1])
+    with pytest.raises(UserError, match="temperature must be above 0"):
+        patch_discrimination(tokens, tokens, temperature=0.0)

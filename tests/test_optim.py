@@ -124,3 +124,18 @@ def test_one_step_is_that_of_adamw_by_hand():
 def test_values_that_cannot_train_are_named(name, value):
     with pytest.raises(UserError, match=rf"optimizer\.{name} must .*, got {value}"):
         OptimizerConfig(**{name: value})
+
+
+def test_a_floor_is_a_share_of_the_peak():
+    plan = Plan(100, 20, 0.8, OptimizerConfig(floor=0.25, min_lr=0.1, warmup_lr=0.3))
+    assert plan.lr(0) == pytest.approx(0.3) and plan.lr(20) == pytest.approx(0.8) and plan.lr(100) == pytest.approx(0.2)
+    assert Plan(100, 20, 0.8, OptimizerConfig(floor=0.25)).lr(0) == pytest.approx(0.2)
+    with pytest.raises(UserError, match=r"optimizer\.floor must be in \[0, 1\], got 1.5"):
+        OptimizerConfig(floor=1.5)
+
+
+def test_parameters_named_by_a_method_are_not_decayed(mae):
+    settings = settings_of(parameter_groups(mae, undecayed=("embed", "token")))
+    for name in ("backbone.patch_embed.proj.weight", "decoder.embed.weight", "decoder.mask_token"):
+        assert not settings[name][0]
+    assert settings["decoder.pred.weight"][0]
