@@ -61,6 +61,12 @@ def test_wrong_names_are_refused():
         settled("--model", "mae", "--config", overlay(attention="math"))
 
 
+def test_the_quickstart_makes_the_predictor_small():
+    words = ["--config", str(CONFIGS / "ijepa.yaml"), "--config", str(CONFIGS / "quickstart.yaml")]
+    given = settled(*words)[-1]["model"]["init_args"]
+    assert given["predictor"] == {"dim": 96, "depth": 3, "num_heads": 3} and "decoder_dim" not in given
+
+
 @pytest.mark.parametrize("method", ["mae", "cross_scale_mae", "s2mae"])
 def test_the_quickstart_makes_decoders_small(method):
     optional = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["optional_args"]
