@@ -37,6 +37,7 @@ NARROW_DECODER = {
     "mae.yaml": ["--model.decoder_depth", "1"],
     "cross_scale_mae.yaml": ["--model.decoder_depth", "1", "--model.predictor_dim", "32"],
     "s2mae.yaml": ["--model.decoder_depth", "1"],
+    "latent_mim.yaml": ["--model.decoder_depth", "1", "--model.head_dim", "32"],
     "ijepa.yaml": ["--model.predictor.depth", "1"],
 }
 
@@ -80,7 +81,7 @@ def test_complete_files_train(name, tmp_path):
     )
     given = FILES[name]["model"]["init_args"]
     for key, value in given.items():
-        if not isinstance(value, dict) and key not in ("decoder_depth", "predictor_dim"):
+        if not isinstance(value, dict) and key not in ("decoder_depth", "predictor_dim", "head_dim"):
             assert saved["init_args"][key] == value, key
     assert saved["init_args"]["optimizer"]["weight_decay"] == given["optimizer"]["weight_decay"]
 

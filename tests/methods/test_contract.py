@@ -9,10 +9,13 @@ from xscale_lightning.masking_blocks import BlockMasks
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.methods.ijepa import IJEPA
+from xscale_lightning.methods.latent_mim import LatentMIM
+from xscale_lightning.methods.latent_mim_options import Objective, Target
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import PAPER, S2MAE
 from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.schedules import Schedule
 from xscale_lightning.testing import check_method
 
 SPECTRAL = replace(PAPER, name="spectral_vit_tiny_cube3_patch8", depth=2, pad="edge", image_size=32)
@@ -52,3 +55,17 @@ def test_s2mae_passes_the_contract_suite(options):
 def test_ijepa_passes_the_contract_suite(masks):
     backbone = BackboneConfig("vit_tiny_patch8", depth=2, class_token=False)
     check_method(IJEPA, backbone=backbone, predictor=PredictorConfig(48, 1), masks=masks)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gap": 0.0, "predict_ratio": 0.5, "objective": Objective(negatives="batch", similarity_weight=0.1)},
+        {"head_layers": 0, "target": Target(Schedule("constant", 1.0, 1.0), depth=0, tokens="all")},
+        {"objective": Objective("norm_l2"), "target": Target(depth=1)},
+    ],
+)
+def test_latent_mim_passes_the_contract_suite(options):
+    backbone = BackboneConfig("vit_tiny_patch8", depth=2, position="stretched")
+    check_method(LatentMIM, backbone=backbone, **SMALL_DECODER, head_dim=32, **options)
