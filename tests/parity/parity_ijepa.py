@@ -18,7 +18,6 @@ from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.readers.ijepa import TABLES, load_encoder, load_published, to_published
 
-
 # Read below, or told by the tensors' shapes.
 KNOWN = {
     "image_size",
