@@ -156,8 +156,6 @@ def load_method(path: str | Path) -> "SSLModule":
     Raises:
         UserError: as `read_metadata`, or the class cannot be found.
     """
-    from jsonargparse import ArgumentParser
-
     from xscale_lightning.methods.base import SSLModule
 
     checkpoint, saved = read_metadata(path)
@@ -168,12 +166,22 @@ def load_method(path: str | Path) -> "SSLModule":
         raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install its package.") from error
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
         raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "method")
-    arguments = {"method": {**saved["init_args"], "bands": saved["bands"]}}
-    module = parser.instantiate(parser.parse_object(arguments)).method
+    module = build_method(cls, {**saved["init_args"], "bands": saved["bands"]})
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
+
+
+def build_method(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> "SSLModule":
+    """A method of arguments in plain types, as they stand in configurations and checkpoints.
+
+    Raises:
+        ArgumentError: (argparse's) an argument that the method does not have, or of another type.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "method")
+    return parser.instantiate(parser.parse_object({"method": dict(arguments)})).method
 
 
 def load_backbone(path: str | Path) -> tuple[Encoder, Bands]:

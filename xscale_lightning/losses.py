@@ -1,6 +1,7 @@
 """Loss terms as pure functions; each is tested alone against a closed form."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -167,24 +168,50 @@ def mean_similarity(tokens: Tensor) -> Tensor:
         return F.normalize(at_least_float32(tokens), dim=-1).mean(1).square().sum(-1).mean()
 
 
-def affinity_gram(student: Tensor, teacher: Tensor) -> Tensor:
+def affinity_gram(student: Tensor, teacher: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """Mean squared difference of the cosines between all pairs of tokens of an image, of `[B, N, D]` each.
 
     With s and t the normalised tokens: mean over b, i, j of (<s_i, s_j> - <t_i, t_j>)^2, the diagonal included, in
-    float32 or better. The teacher's width may be another.
+    float32 or better. The teacher's width may be another. With `lengths`, image b has so many tokens and zeros after
+    them, and the mean is over images of the mean over its pairs.
 
     Source: Waithaka et al. 2026 (spatial affinity); Simeoni et al. 2025 (DINOv3), Gram anchoring.
     """
     with torch.autocast(student.device.type, enabled=False):
-        grams = [x @ x.transpose(1, 2) for x in (F.normalize(at_least_float32(y), dim=-1) for y in (student, teacher))]
-        return (grams[0] - grams[1]).square().mean()
+        s, t = (affinity(x) for x in (student, teacher))
+        return _mean_of_real((s - t).square(), lengths, 2)
 
 
-def affinity_features(student: Tensor, teacher: Tensor) -> Tensor:
+def affinity(tokens: Tensor) -> Tensor:
+    """Cosines between all pairs of tokens of an image `[B, N, D]` -> `[B, N, N]`, in float32 or better."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(at_least_float32(tokens), dim=-1)
+        return unit @ unit.transpose(1, 2)
+
+
+def affinity_features(student: Tensor, teacher: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """Mean squared difference of the normalised tokens `[B, N, D]`: the ablation of `affinity_gram`."""
     with torch.autocast(student.device.type, enabled=False):
         s, t = (F.normalize(at_least_float32(x), dim=-1) for x in (student, teacher))
-        return (s - t).square().mean()
+        return _mean_of_real((s - t).square().mean(-1), lengths, 1)
+
+
+def off_diagonal_affinity(tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """Mean cosine between different tokens of an image `[B, N, D]`; 1 where all of them are equal (collapse).
+
+    Arguments as in `affinity_gram`. From the length of the sum of the unit tokens, so no `[N, N]` matrix is made.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        total = F.normalize(at_least_float32(tokens), dim=-1).sum(1).square().sum(-1)  # [B]: all pairs
+        count = total.new_tensor([tokens.shape[1]] if lengths is None else lengths)
+        return ((total - count) / (count * (count - 1)).clamp(min=1)).mean()
+
+
+def _mean_of_real(values: Tensor, lengths: Sequence[int] | None, power: int) -> Tensor:
+    """Mean over images of the mean of `values [B, ...]`, of which `length ** power` are real and the others 0."""
+    if lengths is None:
+        return values.mean()
+    return (values.flatten(1).sum(1) / values.new_tensor(lengths).pow(power)).mean()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Blocks:
         order: `[C * B]` which sequence of `context` belongs to (context, image), image fastest.
         targets: places on the grid `[T, B, M]`.
         places: L.
+        ranks: `order` again, known on the host.
     """
 
     context: Tensor
@@ -37,6 +38,7 @@ class Blocks:
     order: Tensor
     targets: Tensor
     places: int
+    ranks: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, contexts: Sequence[Tensor], targets: Tensor, places: int) -> "Blocks":
@@ -45,7 +47,8 @@ class Blocks:
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
         rows = torch.cat([contexts[i] + i % count * places for i in order])
         lengths = tuple(len(contexts[i]) for i in order)
-        return cls(rows, lengths, torch.tensor(order).argsort(), targets, places)
+        ranks = torch.tensor(order).argsort()
+        return cls(rows, lengths, ranks, targets, places, tuple(ranks.tolist()))
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -71,7 +74,7 @@ class Blocks:
         if device.type == "cuda":
             tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
         context, order, targets = tensors
-        return Blocks(context, self.lengths, order, targets, self.places)
+        return Blocks(context, self.lengths, order, targets, self.places, self.ranks)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,25 @@ def warmup_cosine(step: int, total: int, warmup: int, start: float, peak: float,
 
 
 @dataclass(frozen=True)
+class Rise:
+    """A weight that is 0 at first and then rises linearly to its value."""
+
+    value: float
+    """Value after the rise."""
+    start: float
+    """Share of the run before it leaves 0."""
+    length: float
+    """Share of the run that the rise takes; 0: it is a jump."""
+
+    def __call__(self, step: int, total: int) -> float:
+        """Value at optimizer step `step` of `total`."""
+        past = step / max(total, 1) - self.start
+        if past < 0:
+            return 0.0
+        return self.value * (min(past / self.length, 1.0) if self.length else 1.0)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A float that changes with the optimizer step."""
 

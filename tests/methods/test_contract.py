@@ -13,6 +13,7 @@ from xscale_lightning.methods.latent_mim import LatentMIM
 from xscale_lightning.methods.latent_mim_options import Objective, Target
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import PAPER, S2MAE
+from xscale_lightning.methods.spatial_affinity import SpatialAffinity
 from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.schedules import Schedule
@@ -69,3 +70,18 @@ def test_ijepa_passes_the_contract_suite(masks):
 def test_latent_mim_passes_the_contract_suite(options):
     backbone = BackboneConfig("vit_tiny_patch8", depth=2, position="stretched")
     check_method(LatentMIM, backbone=backbone, **SMALL_DECODER, head_dim=32, **options)
+
+
+AFFINE_HOSTS = {
+    "ijepa": ({"predictor": {"dim": 48, "depth": 1}}, False, "sincos", "host"),
+    "latent_mim": ({**SMALL_DECODER, "head_dim": 32}, True, "stretched", "host"),
+    "mae": (SMALL_DECODER, True, "sincos", "own"),
+}
+
+
+@pytest.mark.parametrize("host", AFFINE_HOSTS)
+def test_spatial_affinity_passes_the_contract_suite(host):
+    host_args, class_token, position, teacher = AFFINE_HOSTS[host]
+    backbone = BackboneConfig("vit_tiny_patch8", depth=2, class_token=class_token, position=position)
+    options = {"host": host, "host_args": host_args, "teacher": teacher, "source": "interpolated", "warmup": 0.5}
+    check_method(SpatialAffinity, backbone=backbone, **options)

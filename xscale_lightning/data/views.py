@@ -77,19 +77,46 @@ class Views:
         Returns:
             Views `[B, C, h, w]` of the same dtype, and their gsd `[B]`: multiplied by the mean linear zoom.
         """
-        batch, _, height, width = images.shape
-        size = self.output_size(height, width)
-        quarters, mirror = self._random_turns(batch, size[0] == size[1], images.device)
-        if self.scale == (1.0, 1.0) and size == (height, width):  # the crop is the image itself, bit for bit
-            images = turn(images, quarters, mirror) if self.flip or self.rot90 else images
-        else:
-            boxes = random_boxes(batch, (height, width), size, self.scale, self.ratio, images.device)
-            images = crop_resize(images, boxes, size, self.interpolation, quarters, mirror)
-            gsd = gsd * zoom(boxes, size).to(gsd)
+        return self.apply(self.draw(images), images, gsd)
+
+    def draw(self, images: Tensor) -> "Draw":
+        """Draw what is random about one view of each of `images [B, C, H, W]`."""
+        batch, bands, height, width = images.shape
+        size, device = self.output_size(height, width), images.device
+        quarters, mirror = self._random_turns(batch, size[0] == size[1], device)
+        boxes = change = keep = None
+        if self.scale != (1.0, 1.0) or size != (height, width):  # else the crop is the image itself, bit for bit
+            boxes = random_boxes(batch, (height, width), size, self.scale, self.ratio, device)
         if self.intensity > 0:
-            images = _change_intensity(images, self.intensity)
+            change = (torch.rand(2, batch, bands, 1, 1, device=device) * 2 - 1).mul(self.intensity)
         if self.band_dropout > 0:
-            images = _drop_bands(images, self.band_dropout)
+            draw = torch.rand((batch, bands), device=device)
+            keep = (draw >= self.band_dropout) | (draw == draw.amax(dim=1, keepdim=True))
+        return Draw(size, quarters, mirror, boxes, change, keep)
+
+    def apply(self, draw: "Draw", images: Tensor, gsd: Tensor, ratio: int = 1) -> tuple[Tensor, Tensor]:
+        """The views that were drawn: of the images themselves, or of images `ratio` times finer of the same ground.
+
+        Args:
+            draw: what `draw` gave.
+            images: `[B, C, ratio * H, ratio * W]`, normalised.
+            gsd: theirs `[B]`, metres per pixel.
+            ratio: how many times finer they are than the images that were drawn for.
+
+        Returns:
+            Views `[B, C, ratio * h, ratio * w]` of exactly the same ground, and their gsd `[B]`.
+        """
+        if draw.boxes is None:
+            images = turn(images, draw.quarters, draw.mirror) if self.flip or self.rot90 else images
+        else:
+            size, boxes = (draw.size[0] * ratio, draw.size[1] * ratio), draw.boxes * ratio
+            images = crop_resize(images, boxes, size, self.interpolation, draw.quarters, draw.mirror)
+            gsd = gsd * zoom(boxes, size).to(gsd)
+        if draw.change is not None:
+            contrast, brightness = draw.change
+            images = (images * (1 + contrast) + brightness).to(images.dtype)
+        if draw.keep is not None:
+            images = images * draw.keep[:, :, None, None].to(images.dtype)
         return images, gsd
 
     def _random_turns(self, batch: int, square: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -100,6 +127,24 @@ class Views:
             )
         mirror = torch.rand(batch, 2, device=device) < (0.5 if self.flip else 0.0)
         return quarters, mirror
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random about the views of a batch; see `Views.draw`."""
+
+    size: tuple[int, int]
+    """(h, w) of the views."""
+    quarters: Tensor
+    """Turns `[B]`, 0 to 3; see `turn`."""
+    mirror: Tensor
+    """`[B, 2]` bool: top-bottom, left-right."""
+    boxes: Tensor | None
+    """Crops `[B, 4]`; None where the view is the whole image."""
+    change: Tensor | None
+    """Contrast and brightness per band `[2, B, C, 1, 1]`, if they change."""
+    keep: Tensor | None
+    """Bands that stay `[B, C]`, if some are dropped."""
 
 
 def random_boxes(
@@ -222,18 +267,6 @@ def _resample(
     columns = _resampling_matrix(left, width, images.shape[3], size[1], flip_x, interpolation)  # [B, w, W]
     resized = rows.unsqueeze(1) @ (images @ columns.mT.unsqueeze(1))  # [B, C, h, w]
     return torch.where(swap.view(-1, 1, 1, 1), resized.mT, resized) if size[0] == size[1] else resized
-
-
-def _change_intensity(images: Tensor, strength: float) -> Tensor:
-    batch, bands = images.shape[:2]
-    contrast, brightness = (torch.rand(2, batch, bands, 1, 1, device=images.device) * 2 - 1).mul(strength).unbind()
-    return (images * (1 + contrast) + brightness).to(images.dtype)
-
-
-def _drop_bands(images: Tensor, probability: float) -> Tensor:
-    draw = torch.rand(images.shape[:2], device=images.device)
-    keep = (draw >= probability) | (draw == draw.amax(dim=1, keepdim=True))
-    return images * keep[:, :, None, None].to(images.dtype)
 
 
 def _resampling_matrix(

@@ -15,6 +15,7 @@ from torch.utils.data import DistributedSampler
 from xscale_lightning import checkpoints
 from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.data.views import Views
+from xscale_lightning.ema import EMA
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.checks import check_statistics
 from xscale_lightning.methods.measure import count_flops, evaluation
@@ -45,12 +46,14 @@ class SSLModule(ScheduledModule):
         backbone: the encoder.
         sample_wise: whether the loss of a batch is the mean of its samples' losses; contrastive methods say False, and
             the contract suite then does not expect gradient accumulation to give the same gradients.
+        paired: whether `image_hr` and `gsd_hr` of a batch are prepared with the image, by the same views.
 
     Raises:
         UserError: options that the backbone cannot have.
     """
 
     sample_wise = True
+    paired = False
     mean: Tensor
     std: Tensor
 
@@ -86,6 +89,19 @@ class SSLModule(ScheduledModule):
         """The encoder that `features` uses: the student; methods with a better target network return that."""
         return self.backbone
 
+    # ---- what a method offers to add-ons that look at its tokens (`spatial_affinity`), beside `StepOutput.student` ---
+
+    @property
+    def student_encoder(self) -> torch.nn.Module:
+        """What made `StepOutput.student`: called with `(images, keep=, gsd=)` it gives `Tokens`."""
+        return self.backbone
+
+    @property
+    def target_encoder(self) -> EMA | None:
+        """The EMA of `student_encoder`, if the method has one."""
+        target = getattr(self, "target", None)
+        return target if isinstance(target, EMA) else None
+
     # ---- the sealed way: normalise -> views -> encode -> pool ------------------------------------------------------
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
@@ -106,11 +122,21 @@ class SSLModule(ScheduledModule):
             self.check_first_batch(images, raw)
             self._first_batch_seen = True
         prepared = {**batch, "image": images}
+        pairs = [("image", "gsd")]
+        if self.paired and "image_hr" in batch:
+            finer = batch["image_hr"]
+            offset, scale = self.scaling(finer)
+            prepared["image_hr"] = (finer.to(self.mean.dtype) - offset) / scale
+            pairs.append(("image_hr", "gsd_hr"))
         if augment:
-            gsd = batch.get("gsd")
-            prepared["image"], scaled = self.views(images, images.new_ones(len(images)) if gsd is None else gsd)
-            if gsd is not None:
-                prepared["gsd"] = scaled
+            draw = self.views.draw(images)
+            for image, name in pairs:
+                gsd = batch.get(name)
+                ratio = prepared[image].shape[-2] // raw.shape[-2]
+                given = images.new_ones(len(images)) if gsd is None else gsd
+                prepared[image], scaled = self.views.apply(draw, prepared[image], given, ratio)
+                if gsd is not None:
+                    prepared[name] = scaled
         return prepared
 
     def scaling(self, raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ class CrossScaleMAE(SSLModule):
             terms["contrastive"] = self._contrastive(*(at_least_float32(z.patches).mean(1) for z in tokens))
         weighted = zip(self.weights, ("reconstruction", "cross_prediction", "contrastive"), strict=True)
         loss = torch.stack([weight * terms[name] for weight, name in weighted if name in terms]).sum()
-        return StepOutput(loss, terms, lambda: self._reconstruct(first.images, decoded[0], tokens[0]))
+        return StepOutput(loss, terms, lambda: self._reconstruct(first.images, decoded[0], tokens[0]), (tokens[0],))
 
     def _reconstruction(self, images: Tensor, decoded: Tensor, hidden: Tensor) -> Tensor:
         """L_re of one view: mean squared error of its hidden patches."""

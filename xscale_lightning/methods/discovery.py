@@ -6,6 +6,7 @@ A package announces a method in its pyproject.toml:
     my_method = "my_package.my_method:MyMethod"
 """
 
+import importlib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -18,6 +19,7 @@ BUILT_IN = {
     "s2mae": "xscale_lightning.methods.s2mae:S2MAE",
     "ijepa": "xscale_lightning.methods.ijepa:IJEPA",
     "latent_mim": "xscale_lightning.methods.latent_mim:LatentMIM",
+    "spatial_affinity": "xscale_lightning.methods.spatial_affinity:SpatialAffinity",
 }
 
 
@@ -46,6 +48,27 @@ def load_method_class(name: str) -> type:
         raise UserError(f"method {name!r} ({entry.value}) cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
         raise UserError(f"method {name!r} ({entry.value}) is no subclass of SSLModule.")
+    return cls
+
+
+def load_class(path: str) -> type:
+    """The method class of an announced name or of a class path `package.module.Class`.
+
+    Raises:
+        UserError: there is none.
+    """
+    from xscale_lightning.methods.base import SSLModule
+
+    if path in method_entries():
+        return load_method_class(path)
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(method_entries())
+        raise UserError(f"method {path!r} cannot be imported ({error}): known are {known}.") from error
+    if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
+        raise UserError(f"{path!r} is no subclass of SSLModule.")
     return cls
 
 

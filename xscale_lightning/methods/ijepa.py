@@ -28,6 +28,7 @@ from xscale_lightning.models.attention import Attention
 from xscale_lightning.models.jepa_predictor import JEPAPredictor, PredictorConfig
 from xscale_lightning.models.pos_embed import GSDPositions
 from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.models.tokens import Tokens, pad_rows
 from xscale_lightning.models.vit import Encoder, ViT
 from xscale_lightning.schedules import Schedule
 
@@ -106,7 +107,20 @@ class IJEPA(SSLModule):
         spread = target.flatten(0, 2).std(0).mean()  # near 0: the features have collapsed
         prediction, target = at_least_float32(prediction), target.unsqueeze(1).expand_as(prediction)
         loss = F.smooth_l1_loss(prediction, target)
-        return StepOutput(loss, {"target_spread": spread})
+        return StepOutput(
+            loss, {"target_spread": spread}, student=self._seen(context, blocks, self.backbone.grid(images))
+        )
+
+    def _seen(self, context: Tensor, blocks: Blocks, grid: tuple[int, int, int]) -> list[Tokens]:
+        """Encoded tokens `[N, D]` of all sequences as one batch per context; padded where their lengths differ."""
+        count = blocks.targets.shape[1]
+        if (kept := blocks.kept) is not None:  # [C, B, K]
+            return [Tokens(x, grid, k) for x, k in zip(context.view(*kept.shape, -1), kept, strict=True)]
+        x = pad_rows(context, blocks.lengths)[blocks.order]  # [C * B, K, D], K the longest
+        places = pad_rows(blocks.context % blocks.places, blocks.lengths)[blocks.order]
+        lengths = [blocks.lengths[rank] for rank in blocks.ranks]
+        parts = zip(x.split(count), places.split(count), range(0, len(lengths), count), strict=True)
+        return [Tokens(x, grid, k, lengths=tuple(lengths[i : i + count])) for x, k, i in parts]
 
     def encode_context(self, images: Tensor, blocks: Blocks, gsd: Tensor | None = None) -> Tensor:
         """Encoded tokens of all context sequences `[N, D]`, in the order of `blocks.context`."""

@@ -138,14 +138,38 @@ class LatentMIM(SSLModule):
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss of `batch["image"] [B, C, H, W]`."""
-        images, gsd = batch["image"], batch.get("gsd")
+        images, gsd, encoded = batch["image"], batch.get("gsd"), None
         count = math.prod(self.token_grid(images.shape[-2], images.shape[-1]))
         if self.gap:
             offsets = jitter(torch.rand(len(images), 2, count, device=images.device), self.gap)
+            finer = self._finer(batch, offsets)
             images = take_patches(images, self.patch_size, self.gap, offsets)
-            gsd = None if gsd is None else gsd * (1 + self.gap / self.patch_size)  # so far apart are the patches now
+            gsd = self._spread(gsd)
+            encoded = {"image": images, "gsd": gsd, **finer}
         visible, hidden = random_mask(torch.rand(len(images), count, device=images.device), self.mask_ratio)
-        return self.loss(images, visible, hidden[:, : self._predicted(hidden.shape[1])], gsd)
+        output = self.loss(images, visible, hidden[:, : self._predicted(hidden.shape[1])], gsd)
+        output.encoded = encoded
+        return output
+
+    def _spread(self, gsd: Tensor | None) -> Tensor | None:
+        """Metres per pixel with gaps taken out: so far apart are the patches now."""
+        return None if gsd is None else gsd * (1 + self.gap / self.patch_size)
+
+    def _finer(self, batch: Batch, offsets: Tensor) -> Batch:
+        """`image_hr` cut like the image: of every patch the same ground, in r x r patches without gaps; and its gsd."""
+        if "image_hr" not in batch:
+            return {}
+        (height, width), finer = batch["image"].shape[-2:], batch["image_hr"]
+        ratio, cell = finer.shape[-2] // height, self.patch_size + self.gap
+        (top, rows), (left, columns) = (((n % cell) // 2 * ratio, n // cell * cell * ratio) for n in (height, width))
+        finer = finer[..., top : top + rows, left : left + columns]
+        cut = take_patches(finer, ratio * self.patch_size, ratio * self.gap, ratio * offsets)
+        return {"image_hr": cut, "gsd_hr": self._spread(batch.get("gsd_hr"))}
+
+    @property
+    def student_encoder(self) -> ProjectedEncoder:
+        """The encoder with its projection head."""
+        return self._student[0]
 
     def loss(self, images: Tensor, visible: Tensor, hidden: Tensor, gsd: Tensor | None = None) -> StepOutput:
         """Loss for patches pushed together `[B, C, h * p, w * p]` and given masks.

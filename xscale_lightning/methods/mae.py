@@ -88,4 +88,4 @@ class MAE(SSLModule):
             whole = (unpatchify(x, self.patch_size, tokens.grid[1:]) for x in (pixels, seen))
             return Reconstruction(images, *whole, borrows=self.norm_pix_loss)
 
-        return StepOutput(loss, {"reconstruction": loss}, reconstruct)
+        return StepOutput(loss, {"reconstruction": loss}, reconstruct, (tokens,))

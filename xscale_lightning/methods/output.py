@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -36,9 +37,11 @@ class StepOutput:
         reconstruction: makes the pictures when a callback asks for them; None for methods without pixels.
         student: what the student made of the patches it saw (`Tokens.kept`), one entry per mask; for add-ons that look
             at the tokens of a method, so that nothing is encoded twice.
+        encoded: the batch as the method encoded it (`image`, `gsd`, `image_hr`, `gsd_hr`), if it cut the images up.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     reconstruction: Callable[[], Reconstruction] | None = None
     student: Sequence[Tokens] = ()
+    encoded: dict[str, Any] | None = None

@@ -204,7 +204,7 @@ class S2MAE(SSLModule):
             decode = self.decoder.forward_some if partial else self.decoder
             terms["reconstruction"] = patch_mse(decode(tokens, hidden, gsd), wanted, real)
         loss = torch.stack(list(terms.values())).sum()
-        return StepOutput(loss, terms, lambda: self._reconstruct(images, target, kept, gsd, affine))
+        return StepOutput(loss, terms, lambda: self._reconstruct(images, target, kept, gsd, affine), (tokens,))
 
     def _real(self, ids: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
         """Which values of the cubes `ids [B, M]` are of bands, not padding `[B, M, V]`; None where all are."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class ScheduledModule(LightningModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.plan: Plan | None = None
-        self._schedules: dict[str, Schedule] = {}
+        self._schedules: dict[str, Callable[[int, int], float]] = {}
         self._targets: list[tuple[nn.Module, EMA]] = []
 
     def make_target(self, student: nn.Module, momentum: Schedule) -> EMA:
@@ -50,7 +50,7 @@ class ScheduledModule(LightningModule):
         self.declare("ema_momentum", momentum)
         return target
 
-    def declare(self, name: str, schedule: Schedule) -> None:
+    def declare(self, name: str, schedule: Callable[[int, int], float]) -> None:
         """Declare a float that changes with the optimizer step; logged as `schedule/<name>`."""
         self._schedules[name] = schedule
 

@@ -5,6 +5,8 @@ given as `(H, W)` or `(G, H, W)`: what stands before the last two is the spectra
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,27 @@ def take_positions(positions: Tensor, ids: Tensor) -> Tensor:
     return gather(positions, ids)
 
 
+def inside_parents(coordinates: Tensor, ratio: int) -> Tensor:
+    """Coordinates on a grid `ratio` times finer in steps of the coarser one: children lie around their parent."""
+    return (coordinates + 0.5) / ratio - 0.5 if ratio > 1 else coordinates
+
+
+@contextmanager
+def finer_positions(encoder: nn.Module, ratio: int) -> Iterator[None]:
+    """Inside, `encoder` takes every grid for one that is `ratio` times finer and places it by the coarser one.
+
+    Learned tables need no telling: resized to the finer grid, they put children into their parents anyway.
+    """
+    fixed = [m for m in encoder.modules() if isinstance(m, (SinCosPositions, GSDPositions))]
+    for positions in fixed:
+        positions.finer = ratio
+    try:
+        yield
+    finally:
+        for positions in fixed:
+            positions.finer = 1
+
+
 class SinCosPositions(nn.Module):
     """Fixed 2-D sin-cos positions at the integer patch coordinates (MAE), computed once per grid and kept.
 
@@ -74,11 +97,12 @@ class SinCosPositions(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
+        self.finer = 1  # see `finer_positions`
         self._cache: dict[tuple, Tensor] = {}
 
     def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
         """Positions `[1, H * W, D]` for `grid = (..., H, W)`, in type and on the device of `like`; `gsd` is ignored."""
-        key = (*grid[-2:], like.dtype, like.device)
+        key = (*grid[-2:], self.finer, like.dtype, like.device)
         if key not in self._cache:
             height, width = (self.coordinates(n) for n in grid[-2:])
             self._cache[key] = sincos_2d(self.dim, height, width).float().to(like).unsqueeze(0)
@@ -86,7 +110,7 @@ class SinCosPositions(nn.Module):
 
     def coordinates(self, count: int) -> Tensor:
         """Coordinates `[count]` along one axis."""
-        return torch.arange(count, dtype=torch.float64)
+        return inside_parents(torch.arange(count, dtype=torch.float64), self.finer)
 
 
 class StretchedPositions(SinCosPositions):
@@ -97,7 +121,8 @@ class StretchedPositions(SinCosPositions):
 
     def coordinates(self, count: int) -> Tensor:
         """Coordinates `[count]` along one axis."""
-        return super().coordinates(count) * (count / max(count - 1, 1))
+        parents = count // self.finer
+        return super().coordinates(count) * (parents / max(parents - 1, 1))
 
 
 class GSDPositions(nn.Module):
@@ -113,6 +138,7 @@ class GSDPositions(nn.Module):
             raise UserError(f"reference_gsd must be a positive number of metres per pixel, got {reference_gsd}.")
         self.dim = dim
         self.reference_gsd = reference_gsd
+        self.finer = 1  # see `finer_positions`
 
     def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
         """Positions `[B, H * W, D]` for `grid = (..., H, W)` and `gsd [B]` in metres per pixel.
@@ -122,8 +148,9 @@ class GSDPositions(nn.Module):
         """
         if gsd is None:
             raise UserError("position 'gsd' needs batch['gsd'] (metres per pixel): let the data module deliver it.")
-        scale = (gsd.double() / self.reference_gsd).unsqueeze(-1)  # [B, 1]
-        rows, columns = (torch.arange(n, dtype=torch.float64, device=gsd.device) * scale for n in grid[-2:])
+        scale = (gsd.double() * self.finer / self.reference_gsd).unsqueeze(-1)  # [B, 1]
+        steps = (torch.arange(n, dtype=torch.float64, device=gsd.device) for n in grid[-2:])
+        rows, columns = (inside_parents(step, self.finer) * scale for step in steps)
         return sincos_2d(self.dim, rows, columns).to(like)
 
 

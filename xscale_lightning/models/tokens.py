@@ -16,12 +16,14 @@ class Tokens:
         grid: `(G, H, W)`; G is 1 for plain images and the number of spectral groups for spectral cubes.
         kept: flat indices `[B, N]` in `(G, H, W)` order of the patch tokens in `x`, or None when all of them are there.
         num_prefix: P.
+        lengths: number of real tokens of every image where they differ; the rest of `x` (zeros) and `kept` is padding.
     """
 
     x: Tensor
     grid: tuple[int, int, int]
     kept: Tensor | None = None
     num_prefix: int = 0
+    lengths: tuple[int, ...] | None = None
 
     @property
     def prefix(self) -> Tensor:
@@ -74,6 +76,21 @@ def pack(batches: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     """Sequences of batches `[B_i, N_i, D]` in one row `[1, sum B_i N_i, D]`, and their lengths for `attend`."""
     seqlens = tuple(x.shape[1] for x in batches for _ in range(x.shape[0]))
     return torch.cat([x.flatten(0, 1) for x in batches]).unsqueeze(0), seqlens
+
+
+def pad_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sequences that lie one after the other `[sum, ...]` as `[B, longest, ...]`, filled up with zeros."""
+    width = max(lengths)
+    places = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)]).to(rows.device, non_blocking=True)
+    padded = rows.new_zeros(len(lengths) * width, *rows.shape[1:]).index_copy(0, places, rows)
+    return padded.unflatten(0, (len(lengths), width))
+
+
+def real_rows(padded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Undo `pad_rows`: `[B, longest, ...]` -> `[sum, ...]`."""
+    width = padded.shape[1]
+    places = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)])
+    return padded.flatten(0, 1)[places.to(padded.device, non_blocking=True)]
 
 
 def unpack(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
