@@ -197,10 +197,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         except UnreadableFile as error:
             if self.stop_on_error:
                 raise UserError(stop_message(error.path, error.reason)) from None
-            if self.damage.first_time(error.path):
-                logger.warning("Skipped a patch of %s. Others of this file are skipped without a message.", error)
-            self.failed[place[0]] = 1
-            self.skips += 1
+            self.report(error, int(place[0]))
             return False
         image[...] = pixels
         if mask is not None:
@@ -212,6 +209,13 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             if valid is not None:
                 valid[...] = every_band
         return True
+
+    def report(self, error: UnreadableFile, scene: int) -> None:
+        """Count a patch that could not be read, and name its file once."""
+        if self.damage.first_time(error.path):
+            logger.warning("Skipped a patch of %s. Others of this file are skipped without a message.", error)
+        self.failed[scene] = 1
+        self.skips += 1
 
     def _batch(self, images: np.ndarray, places: np.ndarray, valid: np.ndarray | None) -> dict[str, Tensor]:
         gsd = torch.tensor([self.scenes[scene].grid.gsd for scene in places[:, 0]], dtype=torch.float32)

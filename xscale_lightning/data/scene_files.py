@@ -6,6 +6,7 @@ whose number of bands the file has), and one file per band with the band's name 
 named after a resolution (`R10m`) count as their parent.
 """
 
+import fnmatch
 import logging
 import os
 import re
@@ -23,22 +24,33 @@ SceneBands = dict[str, Source]
 """Band key (`band_key`) -> where to read it."""
 
 
-def list_rasters(root: str) -> list[str]:
+def list_rasters(root: str, files: str = "*", argument: str = "root") -> list[str]:
     """Paths of all raster files below a folder, sorted; hidden folders are left out.
+
+    Args:
+        root: the folder.
+        files: only files whose path below `root` fits this pattern (`*`, `?`, `[abc]`; `*` also spans folders).
+        argument: of the data module that names the folder, for messages.
 
     Raises:
         UserError: if the folder is missing or holds no raster.
     """
-    remedy = f"data.root must be a folder of rasters ({', '.join(SUFFIXES)})."
+    remedy = f"data.{argument} must be a folder of rasters ({', '.join(SUFFIXES)})."
     if not os.path.isdir(root):
-        raise UserError(f"data.root: folder '{root}' does not exist; {remedy}")
+        raise UserError(f"data.{argument}: folder '{root}' does not exist; {remedy}")
     found = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(folder, name) for name in sorted(files) if name.lower().endswith(SUFFIXES)]
+        found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
     if not found:
-        raise UserError(f"data.root: folder '{root}' holds no raster; {remedy}")
-    return found
+        raise UserError(f"data.{argument}: folder '{root}' holds no raster; {remedy}")
+    chosen = [path for path in found if fnmatch.fnmatch(os.path.relpath(path, root).replace(os.sep, "/"), files)]
+    if not chosen:
+        shown = os.path.relpath(found[0], root)
+        raise UserError(
+            f"data.{argument}: none of the {len(found)} rasters in '{root}' fits '{files}' (such as {shown})."
+        )
+    return chosen
 
 
 def split_band(stem: str, keys: Collection[str]) -> tuple[str, str | None]:
@@ -91,6 +103,8 @@ def find_scenes(
     known: Sequence[str] = (),
     file_bands: Sequence[str] | None = None,
     orders: Sequence[Sequence[str]] = (),
+    files: str = "*",
+    argument: str = "root",
 ) -> tuple[dict[str, SceneBands], dict[str, str]]:
     """Group the rasters below `root` into scenes that have all `wanted` bands.
 
@@ -100,6 +114,8 @@ def find_scenes(
         known: names of other bands that file names may mention.
         file_bands: names of the bands of files that say none, in the files' order.
         orders: without `file_bands`, band orders that such a file is taken to have if the number of bands agrees.
+        files: pattern of the files' paths below `root`; see `list_rasters`.
+        argument: of the data module that names the folder, for messages.
 
     Returns:
         scenes by name, in order, each with at least the wanted bands; and why files or scenes were left out, by path.
@@ -114,7 +130,7 @@ def find_scenes(
     found: set[str] = set()
     unnamed: set[int] = set()
     assumed: dict[Sequence[str], int] = defaultdict(int)
-    for path in list_rasters(root):
+    for path in list_rasters(root, files, argument):
         try:
             raster = inspect(path)
         except UnreadableFile as error:
