@@ -39,6 +39,8 @@ NARROW_DECODER = {
     "s2mae.yaml": ["--model.decoder_depth", "1"],
     "latent_mim.yaml": ["--model.decoder_depth", "1", "--model.head_dim", "32"],
     "ijepa.yaml": ["--model.predictor.depth", "1"],
+    "sa_ijepa.yaml": ["--model.host_args.predictor", "{dim: 48, depth: 1, num_heads: 3}"],
+    "sa_latent_mim.yaml": ["--model.host_args.decoder_depth", "1", "--model.host_args.head_dim", "32"],
 }
 
 

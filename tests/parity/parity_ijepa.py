@@ -13,6 +13,7 @@ from xscale_lightning.data.bands import generic
 from xscale_lightning.losses import affinity_features, affinity_gram
 from xscale_lightning.masking import children
 from xscale_lightning.masking_blocks import Blocks
+from xscale_lightning.methods.affinity_parts import pooled_children
 from xscale_lightning.methods.ijepa import IJEPA
 from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
@@ -95,9 +96,10 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
         for i, places in enumerate(contexts):
             fine = teacher(inputs["image_hr"], keep=children(places, width, ratio)).patches  # [B, K * r * r, D]
             checks[f"hr_teacher_tokens_{i}"] = fine
-            pooled = fine.unflatten(1, (-1, ratio * ratio)).mean(2)
+            context = output.student[i]
+            pooled = pooled_children(teacher, inputs["image_hr"], context, ratio)
             for name, term in (("sa_gram", affinity_gram), ("sa_mse", affinity_features)):
-                terms[f"{name}_context_{i}"] = term(tokens[i], pooled)
+                terms[f"{name}_context_{i}"] = term(context.patches, pooled, context.lengths)
                 ours.setdefault(name, []).append(terms[f"{name}_context_{i}"].item())
     yield from compare_all(ours, golden["golden"])
     yield from compare_all(checks, golden.get("checks", {}))

@@ -13,6 +13,7 @@ from xscale_lightning.data.bands import generic
 from xscale_lightning.losses import affinity_features, affinity_gram, mean_similarity
 from xscale_lightning.masking import children
 from xscale_lightning.masking_gaps import take_patches
+from xscale_lightning.methods.affinity_parts import encode_at, pooled_children
 from xscale_lightning.methods.latent_mim import LatentMIM
 from xscale_lightning.methods.latent_mim_options import Objective, Target
 from xscale_lightning.models.heads import ProjectedEncoder
@@ -91,13 +92,14 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     if teacher is not None:
         weight, ratio = config.get("sa_weight", 1.0), config["sa_ratio"]
         places = lists["sa_block"] if config.get("sa_mode") == "block" else visible
-        student = module.encode_kept(images, places).patches if config.get("sa_mode") == "block" else seen.patches
+        block = config.get("sa_mode") == "block"
+        student = encode_at(module.student_encoder, images, places, None) if block else seen
         young = children(places, config["grid"], ratio)
         yield Number("children", float((young != lists.get("hr_children", young)).sum()), 0)
         with torch.no_grad():
             finer = teacher(inputs["image_hr"], young)
-        pooled = finer.patches.unflatten(1, (-1, ratio**2)).mean(2)
-        gram, features = affinity_gram(student, pooled), affinity_features(student, pooled)
+            pooled = pooled_children(teacher, inputs["image_hr"], student, ratio)
+        gram, features = (term(student.patches, pooled) for term in (affinity_gram, affinity_features))
         ours |= {"sa_gram": gram, "sa_mse": features}
         ours |= {"total_gram": output.loss + weight * gram, "total_mse": output.loss + weight * features}
         total, checks["hr_teacher"] = ours["total_gram"], finer.x
