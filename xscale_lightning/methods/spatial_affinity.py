@@ -194,7 +194,7 @@ class SpatialAffinity(SSLModule):
         )  # pairs of files; degraded ones
         if fitting and self.source in ("pair", "hr") and given is not None and given != self.ratio:
             raise UserError(
-                f"source {self.source} with ratio {self.ratio}, but the data's pairs have ratio {given}: set both alike."
+                f"source {self.source} with ratio {self.ratio}, the data's pairs have ratio {given}: set them alike."
             )
         finer: Bands | None = getattr(data, "bands_hr", None)
         if finer is not None and len(finer) == len(self.bands):
