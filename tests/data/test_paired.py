@@ -44,10 +44,10 @@ def nested(root, name="a", size=48, ratio=2, gsd=10.0, seed=0, bands=2, **place)
     return write(root / "mr" / f"{name}.tif", pooled(hr, ratio).astype(np.float32), gsd, **place), hr
 
 
-def pairs(root, bands=2, bands_hr=None, **options):
+def pairs(base, bands=2, bands_hr=None, **options):
     options = {"image_size": 12, "samples_per_epoch": 16, "batch_size": 8, "num_workers": 0} | options
     selections = [BandSelection("generic", count=n) for n in (bands, bands if bands_hr is None else bands_hr)]
-    folders = {"root": str(root / "mr"), "root_hr": str(root / "hr")} | {
+    folders = {"root": str(base / "mr"), "root_hr": str(base / "hr")} | {
         key: options.pop(key) for key in ("root", "root_hr") if key in options
     }
     return PairedFolders(bands=selections[0], bands_hr=selections[1], **folders, **options)
@@ -115,8 +115,11 @@ def test_one_affine_for_any_ratio_and_offset(tmp_path, hr_gsd, shift, ratio, cac
         for mr, hr in zip(batch["image"], batch["image_hr"], strict=True):
             edge = mr[:, 0, 0] - 15  # upper left corner of the crop
             centres = edge[:, None] + (torch.arange(size) + 0.5) * 30 / float(data.ratio)
-            assert torch.allclose(hr[0, size // 2, inner], centres[0][inner], atol=0.02)
-            assert torch.allclose(hr[1, inner, size // 2], centres[1][inner], atol=0.02)
+            step = 30 / float(data.ratio) / hr_gsd
+            for found, wanted in ((hr[0, size // 2, inner], centres[0]), (hr[1, inner, size // 2], centres[1])):
+                beside = (found - wanted[inner]) / hr_gsd  # HR pixels
+                # An area mean weighs whole pixels, so single ones are off by a fraction of one, but not all together.
+                assert beside.abs().max() < (0.002 if step <= 1 else 0.26) and beside.mean().abs() < 0.05
 
 
 def test_what_needs_resampling_is_refused_with_the_amount(tmp_path):

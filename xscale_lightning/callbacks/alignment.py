@@ -96,7 +96,8 @@ class PairAlignment(ProbeCallback):
             least = "at least " if found.at_limit else ""
             text = (
                 f"HR lies {least}{found.rows:+.2f} rows and {found.cols:+.2f} columns of HR "
-                f"({found.pixels * gsd:.3g} m) beside MR (positive: down, right); see pictures/alignment_step_*.png and mend the georeference"
+                f"({found.pixels * gsd:.3g} m) beside MR (positive: down, right); "
+                "see pictures/alignment_step_*.png and mend the georeference"
             )
             if self.action == "stop":
                 raise UserError(f"data: {text}, or set the tolerance of PairAlignment ({self.tolerance:g} HR pixels).")
