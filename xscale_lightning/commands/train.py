@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import xscale_lightning.data.folder
+import xscale_lightning.data.paired
 import xscale_lightning.data.sample
 import xscale_lightning.data.synthetic
 import xscale_lightning.data.torchgeo  # noqa: F401 (the class names of these become short names)

@@ -54,8 +54,8 @@ class PairedFolders(SceneFolder):
         root_hr: str,
         bands: BandSelection = DEFAULT_BANDS,
         bands_hr: BandSelection = DEFAULT_BANDS,
-        files: str = "*",
-        files_hr: str = "*",
+        files: str | None = None,
+        files_hr: str | None = None,
         match: Literal["name", "place"] = "name",
         key: str | None = None,
         group: str | None = None,
@@ -73,8 +73,8 @@ class PairedFolders(SceneFolder):
             root_hr: folder with the HR images; may be the same one.
             bands: which MR bands to read, and their statistics.
             bands_hr: which HR bands to read, and their statistics.
-            files: pattern of the MR files below `root`, for example "*_10m.tif".
-            files_hr: pattern of the HR files below `root_hr`.
+            files: regular expression for the MR files' paths below `root`, for example "_10m[.]tif$"; null takes all.
+            files_hr: the same for the HR files below `root_hr`.
             match: "name" pairs images of the same name (without band and resolution), "place" those that share ground.
             key: regular expression whose groups are what the two names share; null compares whole names.
             group: regular expression whose groups name what must stay in one split (a site, for example); null: what

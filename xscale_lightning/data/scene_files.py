@@ -6,7 +6,6 @@ whose number of bands the file has), and one file per band with the band's name 
 named after a resolution (`R10m`) count as their parent.
 """
 
-import fnmatch
 import logging
 import os
 import re
@@ -24,12 +23,12 @@ SceneBands = dict[str, Source]
 """Band key (`band_key`) -> where to read it."""
 
 
-def list_rasters(root: str, files: str = "*", argument: str = "root") -> list[str]:
+def list_rasters(root: str, files: str | None = None, argument: str = "root") -> list[str]:
     """Paths of all raster files below a folder, sorted; hidden folders are left out.
 
     Args:
         root: the folder.
-        files: only files whose path below `root` fits this pattern (`*`, `?`, `[abc]`; `*` also spans folders).
+        files: regular expression; only files whose path below `root` it is found in; None takes all.
         argument: of the data module that names the folder, for messages.
 
     Raises:
@@ -44,7 +43,14 @@ def list_rasters(root: str, files: str = "*", argument: str = "root") -> list[st
         found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
     if not found:
         raise UserError(f"data.{argument}: folder '{root}' holds no raster; {remedy}")
-    chosen = [path for path in found if fnmatch.fnmatch(os.path.relpath(path, root).replace(os.sep, "/"), files)]
+    if files is None:
+        return found
+    try:
+        pattern = re.compile(files)
+    except re.error as error:
+        name = argument.replace("root", "files")
+        raise UserError(f"data.{name}: '{files}' is no regular expression ({error}); mend it.") from None
+    chosen = [path for path in found if pattern.search(os.path.relpath(path, root).replace(os.sep, "/"))]
     if not chosen:
         shown = os.path.relpath(found[0], root)
         raise UserError(
@@ -103,7 +109,7 @@ def find_scenes(
     known: Sequence[str] = (),
     file_bands: Sequence[str] | None = None,
     orders: Sequence[Sequence[str]] = (),
-    files: str = "*",
+    files: str | None = None,
     argument: str = "root",
 ) -> tuple[dict[str, SceneBands], dict[str, str]]:
     """Group the rasters below `root` into scenes that have all `wanted` bands.
@@ -114,7 +120,7 @@ def find_scenes(
         known: names of other bands that file names may mention.
         file_bands: names of the bands of files that say none, in the files' order.
         orders: without `file_bands`, band orders that such a file is taken to have if the number of bands agrees.
-        files: pattern of the files' paths below `root`; see `list_rasters`.
+        files: regular expression for the files' paths below `root`; see `list_rasters`.
         argument: of the data module that names the folder, for messages.
 
     Returns:
