@@ -164,11 +164,11 @@ def find_scenes(
     if not complete:
         problem = _no_scene(root, wanted, found, unnamed, file_bands, orders)
         raise UserError(_name_damaged(root, left_out, problem) if left_out else problem)
-    for order, files in assumed.items():
+    for order, count in assumed.items():
         text = (
             "%d files of '%s' do not say which bands they hold; taken in order as %s (data.file_bands says otherwise)."
         )
-        logger.warning(text, files, root, listed(order))
+        logger.warning(text, count, root, listed(order))
     for name, bands in incomplete.items():
         missing = [band for band, key in zip(wanted, keys, strict=True) if key not in bands]
         left_out[os.path.join(root, name)] = f"the scene lacks {listed(missing)}"
