@@ -284,7 +284,7 @@ def test_a_constant_band_is_harmless_at_any_scale(normalize, target):
     raw[:, 4] = 1234.5
     output = module.evaluate({"image": raw}, seed=0)
     assert output.loss < 2 * usual
-    # Some deviations of the record (300) in raw units, which are also those of a constant band that is scaled by itself.
+    # Some deviations of the record (300) in raw units, in which a constant band that is scaled by itself stays.
     assert output.reconstruction().prediction.abs().max() < 10 * 1234.5
 
 
