@@ -44,11 +44,14 @@ class EndState:
 def check_architecture(module: SSLModule, arguments: Mapping[str, Any]) -> None:
     """Refuse a stage whose method is not that of the stage before, also where the shapes of the weights are the same.
 
+    Switches outside of the backbone, such as `norm_pix_loss`, are of the objective, which may change.
+
     Raises:
         UserError: naming the argument and both values.
     """
     here = checkpoints.metadata(module)["init_args"]
-    if changed := checkpoints.other_argument(arguments, here, FREE):
+    before, now = ({k: v for k, v in args.items() if not isinstance(v, bool)} for args in (arguments, here))
+    if changed := checkpoints.other_argument(before, now, FREE):
         name, old, new = changed
         raise UserError(
             f"the stage before is of another architecture: {name} is {old} there and {new} here; set model.{name} "
