@@ -275,6 +275,6 @@ def test_data_files_without_their_data_name_the_folder(name, tmp_path, capsys):
     missing, output = tmp_path / "nowhere", tmp_path / "runs"
     recipe = [*config("mae.yaml"), *config(name), "--data.root", str(missing), *QUICK, *NARROW]
     assert cli.main(["fit", *recipe, *NARROW_DECODER["mae.yaml"], "--output", str(output)]) == 2
-    shown = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xscale: error")]
     assert len(shown) == 1 and str(missing) in shown[0] and "does not exist" in shown[0]
     assert not output.exists()
