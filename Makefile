@@ -10,6 +10,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 METHOD := mae
+# The run of minutes: that of the method, if it has one of its own, else the one for every method.
+QUICK  := $(firstword $(wildcard configs/$(METHOD)_quick.yaml) configs/quickstart.yaml)
 
 # Python writes its bytecode even where the environment says not to: every start after the first takes half the time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,9 +29,9 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv with the locked versions (8 GB; one to three minutes)
 
-demo: $(STAMP) ## Pretrain on the embedded satellite imagery for some minutes, then say where pictures and numbers are
+demo: $(STAMP) ## Pretrain on the embedded imagery for some minutes (METHOD=mae, s2mae ...), then show pictures and numbers
 	@mkdir -p runs && touch runs/.demo
-	@$(BIN)/xscale fit --config configs/$(METHOD).yaml --config configs/quickstart.yaml
+	@$(BIN)/xscale fit --config configs/$(METHOD).yaml --config $(QUICK)
 	@echo; echo "Numbers and pictures of this run:"
 	@find runs -newer runs/.demo \( -name results.json -o -name '*.png' \) | sort | sed 's/^/  /'
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"

@@ -12,7 +12,6 @@ view costs. Ratios are medians over pairs of neighbouring steps. One image count
 
 import argparse
 import dataclasses
-import statistics
 
 import common
 import torch
@@ -98,17 +97,6 @@ def build(size: common.Size, recipe: Recipe) -> CrossScaleMAE:
     )
 
 
-def peak_mb(variant: common.Ours | common.Reference, device: torch.device) -> float | None:
-    """Memory of one step above what is there before it, on CUDA; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    variant.step()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    variant.step()
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
 def measure(size: common.Size, device: torch.device, seconds: float) -> dict[str, dict]:
     """Images per second, ratio to the reference and memory of every variant; all of them interleaved."""
     bf16 = torch.bfloat16
@@ -118,16 +106,7 @@ def measure(size: common.Size, device: torch.device, seconds: float) -> dict[str
             module = build(size, Recipe(preset=preset))
             variants[f"{preset} {backend}"] = common.Ours(size, device, bf16, backend, module=module)
     variants["mae auto"] = common.Ours(size, device, bf16)
-    memory = {name: peak_mb(variant, device) for name, variant in variants.items()}
-    times = common.interleave({name: variant.step for name, variant in variants.items()}, device, seconds)
-    return {
-        name: {
-            "images_per_s": size.batch / statistics.median(values),
-            "ratio": common.median_ratio(times["reference float32"], values),
-            "step_memory_mb": memory[name],
-        }
-        for name, values in times.items()
-    }
+    return common.compare(variants, "reference float32", size.batch, device, seconds)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,10 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         size = dataclasses.replace(SIZES[name], batch=args.batch) if args.batch else SIZES[name]
         print(f"{name}: {size.backbone}, {size.image} px, {size.bands} bands, batch {size.batch} ...", flush=True)
         found = measure(size, device, args.seconds)
-        for variant, figures in found.items():
-            memory = figures["step_memory_mb"]
-            shown = "" if memory is None else f"{memory:.0f}"
-            rows.append([f"{name} {variant}", f"{figures['images_per_s']:.1f}", f"{figures['ratio']:.2f}", shown])
+        rows += common.compare_rows(name, found)
         results[name] = {"size": dataclasses.asdict(size), "variants": found}
     print(common.table(["training step", "images/s", "ratio", "step MB"], rows))
     print("written:", common.write_result("cross_scale", device, {"sizes": results}, args.output))

@@ -1,5 +1,6 @@
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.methods.s2mae import PAPER, S2MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
@@ -28,9 +30,9 @@ class OtherMethod(MAE):
 
 def make(cls: type[MAE] = MAE, bands: Bands = BANDS, depth: int = 1, **options) -> MAE:
     backbone = BackboneConfig("vit_tiny_patch8", depth=depth, position="gsd", reference_gsd=20.0)
-    sizes = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    sizes = {"backbone": backbone, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     views = Views(scale=(0.5, 1.0), rot90=False)
-    return cls(bands=bands, backbone=backbone, views=views, optimizer=OptimizerConfig(lr=0.5), **{**sizes, **options})
+    return cls(bands=bands, views=views, optimizer=OptimizerConfig(lr=0.5), **{**sizes, **options})
 
 
 def save(module: SSLModule, path: Path) -> Path:
@@ -163,6 +165,32 @@ def test_resuming_another_run_is_refused(saved, other, message):
     with pytest.raises(UserError, match=message) as error:
         check_resume(saved[1], other())
     assert "--ckpt_path" in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "reference_gsd"])
+def test_floats_of_the_architecture_may_not_change(saved, name):
+    backbone = {"depth": 1, "position": "gsd", "reference_gsd": 20.0, name: 0.5}
+    with pytest.raises(UserError, match=rf"of another architecture: backbone\.{name} is .* there and 0\.5 here"):
+        check_resume(saved[1], make(mask_ratio=0.5, backbone=BackboneConfig("vit_tiny_patch8", **backbone)))
+
+
+@pytest.mark.parametrize("spectral", ["wavelength", "learned"])
+def test_wavelengths_may_not_change_where_positions_come_from_them(tmp_path, spectral):
+    bands = generic(6).with_wavelengths([0.44, 0.49, 0.56, 0.66, 0.84, 1.6])
+    other = bands.with_wavelengths([0.44, 0.49, 0.57, 0.66, 0.84, 1.61])
+
+    def cubes(record: Bands, **options) -> S2MAE:
+        backbone = replace(PAPER, name="spectral_vit_tiny_cube3_patch8", depth=1, dim=24, num_heads=2, **options)
+        return S2MAE(bands=record, backbone=backbone, decoder_dim=24, decoder_depth=1, decoder_heads=2)
+
+    path = save(cubes(bands, spectral=spectral), tmp_path / "x.ckpt")
+    check_resume(path, cubes(bands, spectral=spectral))
+    if spectral == "learned":
+        return check_resume(path, cubes(other, spectral=spectral))
+    with pytest.raises(UserError, match=r"trained with 0\.56 um for band band3, and .* has 0\.57, .*data\.bands\.wave"):
+        check_resume(path, cubes(other, spectral=spectral))
+    own = save(cubes(bands, spectral=spectral, wavelengths=other.wavelengths), tmp_path / "own.ckpt")
+    check_resume(own, cubes(other, spectral=spectral, wavelengths=other.wavelengths))  # the bands' do not count
 
 
 def test_metadata_of_a_plug_in_names_its_class():

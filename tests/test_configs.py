@@ -22,7 +22,8 @@ DATA = sorted(name for name in FILES if name.startswith("data/"))
 COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
-OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - {"s2mae_quick.yaml", "s2mae_stages.yaml"})
+S2MAE_OVERLAYS = ("s2mae_quick.yaml", "s2mae_stages.yaml", "s2mae_hyperspectral.yaml")
+OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS))
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -261,11 +262,23 @@ def test_data_files_compose_with_a_method(name, source, bands, tmp_path, request
     assert len(saved["bands"]["bands"]) == bands
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "spectral", "groups"), [("enmap", "wavelength", 68), ("idtrees_hsi", "sincos", 123)])
+def test_s2mae_takes_hundreds_of_bands(name, spectral, groups, tmp_path, request):
+    root = request.getfixturevalue(name.removesuffix("_hsi"))
+    recipe = [*config("s2mae.yaml"), *config("s2mae_hyperspectral.yaml"), *config(f"data/{name}.yaml")]
+    options = ["--data.root", str(root), "--model.backbone.spectral", spectral, "--data.batch_size", "2"]
+    saved = fit(tmp_path, *recipe, *QUICK, *NARROW, *NARROW_DECODER["s2mae.yaml"], *options)
+    backbone = saved["init_args"]["backbone"]
+    assert backbone["spectral"] == spectral and -(-len(saved["bands"]["bands"]) // 3) == groups
+    assert saved["init_args"]["predict_ratio"] == 0.1
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_data_files_without_their_data_name_the_folder(name, tmp_path, capsys):
     missing, output = tmp_path / "nowhere", tmp_path / "runs"
     recipe = [*config("mae.yaml"), *config(name), "--data.root", str(missing), *QUICK, *NARROW]
     assert cli.main(["fit", *recipe, *NARROW_DECODER["mae.yaml"], "--output", str(output)]) == 2
-    shown = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xscale: error")]
     assert len(shown) == 1 and str(missing) in shown[0] and "does not exist" in shown[0]
     assert not output.exists()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_boolean
+from xscale_lightning.masking import check_ratio, highest_ratio, keep_count, random_mask, to_boolean
 
 LENGTHS = st.integers(4, 200)
 RATIOS = st.floats(0.0, 0.75)
@@ -60,7 +60,16 @@ def test_a_ratio_outside_zero_to_one_is_refused(ratio):
 
 
 def test_a_ratio_that_leaves_no_token_is_refused_with_the_highest_that_works():
-    with pytest.raises(UserError, match=r"mask_ratio 0.95 leaves none of the 16 tokens visible: .* at most 0.938"):
+    with pytest.raises(UserError, match=r"mask_ratio 0.95 leaves none of the 16 tokens visible: .* at most 0.937"):
         keep_count(16, 0.95)
     with pytest.raises(UserError, match="leaves none"):
         random_mask(noise(4), 0.9)
+
+
+def test_the_ratio_that_the_error_recommends_leaves_a_token():
+    for length in (*range(1, 400), 576, 1000, 3075, 17712):
+        if length > 1:
+            assert keep_count(length, highest_ratio(length)) >= 1
+        assert highest_ratio(length) >= 1 - 1 / length - 2e-3
+    with pytest.raises(UserError, match=r"none of the 12 tokens visible: lower it to at most 0\.916"):
+        keep_count(12, 0.95)

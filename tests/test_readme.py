@@ -132,7 +132,8 @@ def test_the_demo_trains(run, tmp_path):
     limits = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"]
     small = ["--data.batch_size", "4", "--data.samples_per_epoch", "8", "--knn.max_train", "16", "--knn.max_test", "8"]
     pictures = ["--pictures.num_score_images", "4", "--geometry.max_samples", "8", "--output", str(tmp_path)]
-    code, out = run(*shlex.split(demo[1].replace("$(METHOD)", "mae")), *limits, *small, *pictures)
+    words = demo[1].replace("$(METHOD)", "mae").replace("$(QUICK)", "configs/quickstart.yaml")
+    code, out = run(*shlex.split(words), *limits, *small, *pictures)
     assert code == 0, out
     assert len(list(tmp_path.glob("mae/*/results.json"))) == 1
     assert list(tmp_path.glob("mae/*/pictures/*.png"))

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ KEY = "xscale"
 # Arguments that may change when a run is resumed. Rates and weights (floats, such as a mask ratio) may, too; names,
 # sizes and switches may not: heads or positions, for example, leave no trace in the shapes of the weights.
 FREE = ("optimizer", "views", "attention")
+FIXED_FLOATS = ("mlp_ratio", "norm_eps", "final_norm_eps", "reference_gsd")  # floats that belong to the architecture
 
 
 def plain(value: Any) -> Any:
@@ -120,12 +121,14 @@ def check_resume(path: str | Path, module: "SSLModule") -> None:
                 f"--ckpt_path {str(path)!r} was trained with mean {there.mean:g} and std {there.std:g} for band "
                 f"{there.name}, and the configuration has {here.mean:g} and {here.std:g}: give data.bands the former."
             )
-    there, here = (dict(_flat(args["init_args"])) for args in (saved, now))
-    for name in there.keys() | here.keys():
-        old, new = there.get(name), here.get(name)
-        if old != new and name.split(".")[0] not in FREE and not (isinstance(old, float) and isinstance(new, float)):
+    if changed := other_argument(saved["init_args"], now["init_args"]):
+        name, old, new = changed
+        raise UserError(f"--ckpt_path {str(path)!r} is of another architecture: {name} is {old} there and {new} here.")
+    for name, there, here in zip(module.bands.names, _wavelengths(saved), _wavelengths(now), strict=True):
+        if there != here:
             raise UserError(
-                f"--ckpt_path {str(path)!r} is of another architecture: {name} is {old} there and {new} here."
+                f"--ckpt_path {str(path)!r} was trained with {there} um for band {name}, and the configuration has "
+                f"{here}, which moves its spectral position: give data.bands.wavelengths the former."
             )
     state, ours = checkpoint["state_dict"], module.state_dict()
     for name in sorted(set(state) ^ set(ours)):
@@ -137,6 +140,38 @@ def check_resume(path: str | Path, module: "SSLModule") -> None:
                 f"--ckpt_path {str(path)!r} is of another architecture: {name!r} is {list(tensor.shape)} there and "
                 f"{list(ours[name].shape)} here."
             )
+
+
+def other_argument(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: Sequence[str] = FREE
+) -> tuple[str, Any, Any] | None:
+    """The first argument, in alphabetical order, by which two methods are of another architecture.
+
+    Args:
+        there: plain arguments of a method, as `metadata` has them.
+        here: those of another one.
+        free: names of arguments, or of groups of them, that may differ; so may floats but for `FIXED_FLOATS`.
+
+    Returns:
+        its name and both values, or None.
+    """
+    before, now = dict(_flat(there)), dict(_flat(here))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new or any(name == part or name.startswith(f"{part}.") for part in free):
+            continue
+        if isinstance(old, float) and isinstance(new, float) and name.rsplit(".", 1)[-1] not in FIXED_FLOATS:
+            continue
+        return name, old, new
+    return None
+
+
+def _wavelengths(record: Mapping[str, Any]) -> list[float | None]:
+    """Wavelength of every band that the backbone of a checkpoint's metadata takes into account; else None for each."""
+    backbone, known = record["init_args"].get("backbone") or {}, Bands.from_dict(record["bands"]).wavelengths
+    if backbone.get("spectral") != "wavelength":
+        return [None] * len(known)
+    return backbone.get("wavelengths") or known
 
 
 def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,9 +18,18 @@ def keep_count(length: int, ratio: float) -> int:
     count = int(length * (1 - ratio))
     if count < 1:
         raise UserError(
-            f"mask_ratio {ratio} leaves none of the {length} tokens visible: lower it to at most {1 - 1 / length:.3g}."
+            f"mask_ratio {ratio} leaves none of the {length} tokens visible: "
+            f"lower it to at most {highest_ratio(length):g}."
         )
     return count
+
+
+def highest_ratio(length: int) -> float:
+    """Highest mask ratio, to three digits, that leaves one of `length` tokens visible."""
+    thousandths = int(1000 * (1 - 1 / length))
+    while thousandths and int(length * (1 - thousandths / 1000)) < 1:
+        thousandths -= 1
+    return thousandths / 1000
 
 
 def check_ratio(ratio: float) -> None:

@@ -13,9 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from xscale_lightning.callbacks import Measurement, ReconstructionPictures
+from xscale_lightning.data.bands import Bands
 from xscale_lightning.data.synthetic import SyntheticData
 from xscale_lightning.errors import UserError
+from xscale_lightning.evaluation.spectral import spectral_angle
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.models.registry import BackboneConfig
 
 
@@ -108,6 +111,37 @@ def test_methods_that_scale_differently_are_scored_alike(make_trainer) -> None:
     assert other.metrics() == pytest.approx(plain.metrics(), abs=1e-3)
     for name, values in plain.base_lines().items():
         assert other.base_lines()[name] == pytest.approx(values, abs=0.01)
+
+
+class Shifted(MAE):
+    """Sees nothing of bright images and puts back the last band too high by two deviations."""
+
+    seen: list[Tensor]
+
+    def scaling(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        Shifted.seen.append(raw)
+        return super().scaling(raw)
+
+    def evaluate(self, batch: dict[str, Any], seed: int) -> StepOutput:
+        images = (batch["image"] - self.mean) / self.std
+        wrong = torch.cat([images[:, :-1], images[:, -1:] + 2], dim=1)
+        result = Reconstruction(images, wrong, torch.zeros_like(images, dtype=torch.bool))
+        return StepOutput(torch.zeros(()), {}, lambda: result)
+
+
+def test_the_angle_is_that_of_raw_spectra(make_trainer, monkeypatch) -> None:
+    count, large = len(SyntheticData().bands), [9000.0, 300.0, 4000.0, 1500.0]
+    statistics = [large[band % 4] for band in range(count)], [30.0] * count
+    monkeypatch.setattr(Bands, "means", property(lambda self: statistics[0]))
+    monkeypatch.setattr(Bands, "stds", property(lambda self: statistics[1]))
+    Shifted.seen = []
+    recorder, _ = validate(make_trainer, Shifted, ratios=[])
+    (raw,) = (images.double() for images in Shifted.seen)
+    assert raw.mean() > 1000
+    guess = raw.clone()
+    guess[:, -1] += 60
+    wanted = float(spectral_angle(raw, guess).mean())
+    assert recorder.metrics()["reconstruction/spectral_angle"] == pytest.approx(wanted, rel=1e-4) and wanted < 2
 
 
 def test_a_ratio_without_visible_tokens_is_skipped_with_a_note(make_trainer, caplog) -> None:

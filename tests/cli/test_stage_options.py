@@ -64,8 +64,14 @@ def second(**changes: object) -> list:
             ["(large)", "nowhere"],
         ),
         (second(config=PIXELS_30), ["stage 2 of 2 (large)", "patch size 8", "30"]),
-        (second(config={"model": {"init_args": {"decoder_dim": 32}}}), ["(large)", "decoder", "16] there", "32] here"]),
-        (second(config={"model": {"init_args": {"backbone": {"depth": 2}}}}), ["(large)", "blocks.1", "missing there"]),
+        (
+            second(config={"model": {"init_args": {"decoder_dim": 32}}}),
+            ["(large)", "decoder_dim is 16 there", "32 here"],
+        ),
+        (
+            second(config={"model": {"init_args": {"backbone": {"depth": 2}}}}),
+            ["(large)", "backbone.depth is 1 there", "2 here"],
+        ),
         (second(config={"data": {"init_args": {"bands": {"names": ["B02"]}}}}), ["(large)", "patch_embed"]),
         (second(config={"stages": []}), ["'large'", "stages", "for all stages"]),
         (second(confg={}), ["'large'", "'confg'", "'config'"]),

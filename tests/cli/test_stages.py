@@ -12,9 +12,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xscale_lightning import cli
+from xscale_lightning.checkpoints import metadata
 from xscale_lightning.commands import stages as module
-from xscale_lightning.commands.carry import carry_weights, moments_by_name, parameter_names
+from xscale_lightning.commands.carry import carry_weights, check_architecture, moments_by_name, parameter_names
 from xscale_lightning.data.bands import generic
+from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.methods.mae import MAE
@@ -180,6 +182,43 @@ def test_carried_weights_must_fit():
     with pytest.raises(UserError, match="only in the stage before"):
         carry_weights(large, {**small.state_dict(), "more": torch.zeros(1)}, "resize")
     assert set(parameter_names(large)) == {name for name, p in large.named_parameters() if p.requires_grad}
+
+
+def architecture(pixels: int = 16, decoder_heads: int = 2, mask_ratio: float = 0.75, size: int | None = None, **other):
+    small = {"depth": 1, "dim": 16, "num_heads": 2, "position": "sincos", **other}
+    backbone = BackboneConfig("vit_tiny_patch8", image_size=pixels, **small)
+    decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": decoder_heads}
+    return MAE(bands=generic(2), backbone=backbone, views=Views(size=size), mask_ratio=mask_ratio, **decoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 4}, r"backbone\.num_heads is 2 there and 4 here; set model\.backbone\.num_heads once"),
+        ({"decoder_heads": 4}, "decoder_heads is 2 there and 4 here"),
+        ({"norm_eps": 1e-5}, r"backbone\.norm_eps is 1e-06 there and 1e-05 here"),
+        ({"position": "gsd"}, r"backbone\.position is sincos there and gsd here"),
+        ({"reference_gsd": 30.0}, r"backbone\.reference_gsd is 10\.0 there and 30\.0 here"),
+    ],
+)
+def test_a_stage_of_another_architecture_is_refused_where_shapes_do_not_tell(change, message):
+    before = metadata(architecture())["init_args"]
+    assert carry_weights(architecture(**change), architecture().state_dict(), "resize") == []
+    with pytest.raises(UserError, match=message):
+        check_architecture(architecture(**change), before)
+
+
+def test_a_stage_may_change_what_it_sees_and_its_rates():
+    other = architecture(32, mask_ratio=0.5, size=32, drop_path=0.1, wavelengths=[0.5, 0.6])
+    check_architecture(other, metadata(architecture())["init_args"])
+
+
+def test_another_architecture_is_refused_before_the_first_stage_trains(staged, tmp_path, capsys):
+    stages = json.loads(json.dumps(staged.config["stages"]))
+    stages[1]["config"]["model"]["init_args"]["decoder_heads"] = 4
+    config = staged.write(tmp_path, stages=stages)
+    message = staged.refused(capsys, tmp_path / "runs", "--config", str(config))
+    assert "stage 2 of 2 (large)" in message and "decoder_heads is 2 there and 4 here" in message
 
 
 @pytest.mark.slow

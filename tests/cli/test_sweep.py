@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from xscale_lightning import cli
+from xscale_lightning.checkpoints import _flat
 from xscale_lightning.commands import sweep
 from xscale_lightning.commands.stage_options import insert_configs, take_apart
 from xscale_lightning.commands.stages import check
+from xscale_lightning.commands.train import CLI, build
 from xscale_lightning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +168,39 @@ def test_every_ablation_can_run(name):
     check(command)
     with pytest.raises(UserError):
         check(take_apart([*["fit", *options], "--model.no_such_option", "1"]))
+
+
+OWN = {  # by variant, what it has in the place of `default`'s
+    "positions_joint_sincos": {"backbone.position": "sincos", "backbone.spectral": "joint"},
+    "positions_sincos": {"backbone.position": "sincos", "backbone.spectral": "sincos"},
+    "positions_wavelength": {"backbone.spectral": "wavelength"},
+    "decoder_2": {"decoder_depth": 2},
+    "decoder_8": {"decoder_depth": 8},
+    "target_none": {"normalize": "none"},
+    "target_standardize": {"normalize": "standardize"},
+    "patch_16": {"backbone.patch_size": 16},
+    "mask_25": {"mask_ratio": 0.25},
+    "mask_50": {"mask_ratio": 0.5},
+    "mask_75": {"mask_ratio": 0.75},
+}
+
+
+@pytest.mark.parametrize("beneath", ["s2mae_quick.yaml", "quickstart.yaml"])
+def test_every_ablation_differs_from_the_papers_choice_in_its_own_factor_alone(beneath):
+    variants = sweep.read_variants(str(ABLATIONS))
+    configs = [word for name in ("s2mae.yaml", beneath) for word in ("--config", str(ROOT / "configs" / name))]
+    parser = build(CLI, arguments=["fit", *configs, *NARROW], check_only=True).parser
+
+    def resolved(overlay: dict) -> dict:
+        arguments = ["fit", *insert_configs([*configs, *NARROW], ["--config", json.dumps(overlay)])]
+        return dict(_flat(parser.parse_args(arguments).fit.model.init_args.as_dict()))
+
+    default = resolved(variants.pop("default"))
+    paper = {"decoder_depth": 4, "mask_ratio": 0.9, "normalize": "minmax", "backbone.patch_size": 8}
+    paper |= {"backbone.position": "learned", "backbone.spectral": "learned"}
+    assert {name: default[name] for name in paper} == paper
+    found = {name: resolved(overlay) for name, overlay in variants.items()}
+    assert {name: {k: v for k, v in values.items() if v != default[k]} for name, values in found.items()} == OWN
 
 
 @pytest.mark.slow

@@ -18,12 +18,14 @@ from xscale_lightning.evaluation.ratios import (
     Restored,
     check_ratios,
     masked_at,
+    raw_angle_sum,
     restore_at_ratios,
     restored,
     score,
     to_raw,
 )
 from xscale_lightning.evaluation.reconstruction import masked_psnr
+from xscale_lightning.evaluation.spectral import angle_sum, spectral_angle
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.output import Reconstruction, StepOutput
@@ -129,6 +131,27 @@ def test_numbers() -> None:
     assert own.angle > 0
     borrowed = {0.5: replace(found[0.5], borrows=True)}
     assert score(borrowed, bands)[0.5].method is None
+
+
+def test_the_angle_is_that_of_raw_spectra() -> None:
+    bands = generic(3).with_statistics([9000.0, 200.0, 1500.0], [100.0, 50.0, 10.0])
+    noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (bands.means, bands.stds))
+    original, guess = noise[0] * std + mean, noise[1] * std + mean
+    visible = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    visible[:, 1] = True
+    visible[0, :, 0] = True
+    units = [((raw - mean) / std).float() for raw in (original, guess)]
+    part = Restored(*units, visible, False)
+    pasted = torch.where(visible, original, guess)
+    angles = spectral_angle(original, pasted)
+    wanted = float(torch.cat([angles[0, 1:].flatten(), angles[1].flatten()]).mean())
+    own = score({0.5: part}, bands)[0.5].method
+    assert own is not None and own.angle == pytest.approx(wanted, rel=1e-5) and wanted < 2
+    found = raw_angle_sum(part.target, part.prediction, visible, bands)
+    together = angle_sum(to_raw(part.target, bands), to_raw(part.prediction, bands), visible)
+    assert found.count == together.count == 28 and found.total == pytest.approx(together.total, rel=1e-12)
+    assert angle_sum(part.target, part.prediction, visible).mean > 20  # what the standardised spectra would give
 
 
 def test_impossible_ratios_are_named() -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from xscale_lightning.data.bands import BandSelection, generic
 from xscale_lightning.data.sample import SampleScene
 from xscale_lightning.data.synthetic import SyntheticData
 from xscale_lightning.data.views import Views
-from xscale_lightning.errors import UserError
+from xscale_lightning.errors import UserError, describe
 from xscale_lightning.methods.base import SSLModule, StepOutput
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.methods.s2mae import S2MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 from xscale_lightning.schedules import Schedule
@@ -285,6 +287,28 @@ def test_byte_statistics_on_sixteen_bit_data_stop_the_run():
 def test_data_the_model_cannot_take_is_refused_before_the_first_batch(data, message):
     with pytest.raises(UserError, match=message):
         fit(small_mae(), data=data())
+
+
+@pytest.mark.parametrize("method", [MAE, S2MAE])
+def test_the_size_of_validation_images_is_checked_beside_that_of_the_views(method):
+    cubes = method is S2MAE
+    name = "spectral_vit_tiny_cube3_patch8" if cubes else "vit_tiny_patch8"
+    backbone = BackboneConfig(name, depth=1, dim=24, num_heads=2, image_size=32, class_token=not cubes)
+    sizes: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, "mask_ratio": 0.5}
+    module = method(backbone=backbone, views=Views(size=32), **sizes)
+    for side in (36, (36, 36)):
+        with pytest.raises(
+            UserError, match=r"data.image_size 36 x 36, .*views.size 32: .*\npatch size 8 does not"
+        ) as e:
+            module.check_data(SimpleNamespace(image_size=side), fitting=True)
+        assert describe(e.value) == str(e.value)  # what the command line says
+    with pytest.raises(UserError, match="patch size 8 does not divide the image of 36 x 36"):
+        module.check_data(SimpleNamespace(image_size=36), fitting=False)
+    for side in (32, 40, (0, 0)):  # the last: not known before the data is downloaded
+        module.check_data(SimpleNamespace(image_size=side), fitting=True)
+        assert module.num_tokens == 16 + (not cubes)  # of the views
+    with pytest.raises(UserError, match="none of the 1 tokens"):
+        module.check_data(SimpleNamespace(image_size=8), fitting=True)
 
 
 # ---- cost, determinism, checkpoint --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
 from xscale_lightning.masking import random_mask
 from xscale_lightning.methods.s2mae import PAPER, S2MAE
+from xscale_lightning.models.tokens import gather
 from xscale_lightning.readers.spectralgpt import to_published
 
 SMALL = replace(PAPER, name="spectral_vit_tiny_cube3_patch8", dim=24, num_heads=3, depth=2, image_size=16)
@@ -140,6 +141,17 @@ def test_padding_takes_no_part_in_the_loss(norm_pix, spectral):
     module.loss(images, kept, only_last).loss.backward()
     values = module.decoder.pred.bias.grad.view(3, 64).abs().sum(1)
     assert values[0] > 0 and values[1:].eq(0).all(), "padded values have a gradient"
+    if spectral == "sum":
+        for name in ("sum", "means"):
+            module.spectral_loss = name
+            whole, cubes = module.decoder(module.backbone(images, keep=kept)), module.cubes.cut(images)
+            error = (whole - cubes).unflatten(1, (4, 4)).detach()  # [B, G, N, V]
+            error[:, -1, :, 64:] = 0  # the padded bands of the last group
+            both = 0.5 * error.mean(1).square().mean() + 0.5 * error.mean(2).square().mean()
+            expected = error.sum(1).square().mean() if name == "sum" else both
+            found = module.loss(images, kept, hidden).logs["spectral"]
+            torch.testing.assert_close(found.detach(), expected, rtol=1e-10, atol=0)
+        module.spectral_loss = "none"
     if not norm_pix:
         tokens = module.backbone(images, keep=kept)
         prediction = module.decoder.forward_some(tokens, only_last)[..., :64]
@@ -254,8 +266,40 @@ def test_the_target_may_have_another_scale_than_the_input(normalize, target):
     wanted = module.cubes.cut(scaled[target]).gather(1, hidden[..., None].expand(-1, -1, 192))
     prediction = module.decoder(module.backbone(scaled[normalize], keep=kept), hidden)
     torch.testing.assert_close(loss, (prediction - wanted).square().mean(), rtol=1e-4, atol=1e-5)
+    # A decoder that knows the target gives the input back, in the input's scale.
+    cubes = module.cubes.cut(scaled[target])
+    module.decoder.forward = lambda tokens, predict=None, gsd=None: cubes if predict is None else gather(cubes, predict)
     made = module.evaluate({"image": raw}, seed=0).reconstruction()
-    assert made.target.shape == made.prediction.shape == made.visible.shape == raw.shape
+    torch.testing.assert_close(made.prediction, scaled[normalize], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.target, scaled[normalize], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["minmax", "standardize", "none"])
+@pytest.mark.parametrize("target", [None, "minmax", "standardize"])
+def test_a_constant_band_is_harmless_at_any_scale(normalize, target):
+    bands = generic(12).with_statistics([1000.0] * 12, [300.0] * 12)
+    module = S2MAE(bands=bands, backbone=SMALL, normalize=normalize, target=target, decoder_dim=16, decoder_heads=2)
+    raw = 1000 + 300 * torch.randn(2, 12, 16, 16)
+    usual = module.evaluate({"image": raw}, seed=0).loss
+    raw[:, 4] = 1234.5
+    output = module.evaluate({"image": raw}, seed=0)
+    assert output.loss < 2 * usual
+    # Some deviations of the record (300) in raw units, in which a constant band that is scaled by itself stays.
+    assert output.reconstruction().prediction.abs().max() < 10 * 1234.5
+
+
+def test_nothing_hidden_with_a_share_predicted():
+    module = make(mask_ratio=0.0, predict_ratio=0.25)
+    output = module.evaluate({"image": torch.rand(2, 12, 16, 16)}, seed=0)
+    assert output.loss.isfinite() and output.reconstruction().visible.all()
+
+
+def test_positions_follow_the_gsd():
+    module = make(backbone={"position": "gsd"}, mask_ratio=0.5)
+    images = torch.rand(2, 12, 16, 16)
+    batches = [{"image": images, "gsd": torch.full((2,), gsd)} for gsd in (10.0, 3.0)]
+    losses = [module.evaluate(batch, seed=0).loss for batch in batches]
+    assert losses[0] != losses[1], "the gsd does not reach the positions"
 
 
 def test_reconstructions_show_which_bands_were_seen():

@@ -105,6 +105,13 @@ def test_all_sensors_share_the_curve_over_the_wavelength():
     torch.testing.assert_close(mean, (here[3] + here[4]) / 2)
 
 
+def test_the_curve_is_linear_in_the_logarithm():
+    curve = WavelengthPositions(8, [[0.3], [15.0], [(0.3 * 15.0) ** 0.5]])
+    assert curve.weights[0, 0] == 1 and curve.weights[1, 255] == 1
+    torch.testing.assert_close(curve.weights[2, 127:129], torch.tensor([0.5, 0.5]), atol=1e-4, rtol=0)
+    assert torch.allclose(curve.weights.sum(1), torch.ones(3))
+
+
 def test_wavelengths_must_be_known():
     options = {"position": "learned", "spectral": "wavelength", "depth": 1}
     with pytest.raises(UserError, match="needs the centre wavelength"):

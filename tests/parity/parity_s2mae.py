@@ -13,6 +13,10 @@ from xscale_lightning.methods.s2mae import S2MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.readers.spectralgpt import load_published, to_published
 
+READ = {"bands", "patch", "cube_depth", "dim", "depth", "heads", "mlp_ratio", "norm_eps", "image_size", "mask_ratio"}
+READ |= {"norm_pix", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads"}
+READ |= {"batch", "grid", "groups", "tokens", "kept"}  # told by the tensors' shapes
+
 
 def build(config: dict[str, Any], spectral_loss: str) -> S2MAE:
     """Our module at the configuration of a case."""
@@ -28,28 +32,31 @@ def build(config: dict[str, Any], spectral_loss: str) -> S2MAE:
             dim=config["dim"],
             depth=config["depth"],
             num_heads=config["heads"],
-            mlp_ratio=config["mlp_ratio"],
-            norm_eps=config["norm_eps"],
+            mlp_ratio=config.get("mlp_ratio", 4),
+            norm_eps=config.get("norm_eps", 1e-6),
+            final_norm_eps=config.get("norm_eps", 1e-6),
             image_size=config["image_size"],
         ),
-        mask_ratio=config["mask_ratio"],
-        norm_pix_loss=config.get("norm_pix", False),
+        mask_ratio=config.get("mask_ratio", 0.9),
+        norm_pix_loss=config.get("norm_pix", config.get("norm_pix_loss", False)),
         spectral_loss=spectral_loss,
         decoder_dim=config["decoder_dim"],
         decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_heads"],
     ).double()
-    module.backbone.norm.eps = module.decoder.norm.eps = config["norm_eps"]
     return module.train()
 
 
 def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     """Losses, checks and gradient norms of one run, of the token loss alone and with the spectral term."""
     config, inputs = fill.config(case, run), fill.input_tensors(case, run)
+    for key in sorted(config.keys() - READ):
+        print(f"  not read: {key}")
     kept = fill.index_lists(case, run)["kept"]
     theirs, golden = fill.state_dict(case, run, reference_names=True), case["runs"][run]
-    hidden = (~to_boolean(kept, config["tokens"])).nonzero()[:, 1].reshape(len(kept), -1)
     images = inputs["image"]
+    length = theirs["pos_embed_spatial"].shape[1] * theirs["pos_embed_temporal"].shape[1]
+    hidden = (~to_boolean(kept, length)).nonzero()[:, 1].reshape(len(kept), -1)
 
     modules = {}
     for loss in ("none", "sum"):

@@ -33,6 +33,23 @@ def test_there_and_back(tmp_path):
     assert torch.equal(module.features(batch), again.features(batch))
 
 
+@pytest.mark.parametrize(("size", "heads"), [("tiny", 3), ("small", 6), ("base", 12), ("large", 16), ("huge", 16)])
+def test_heads_are_those_of_the_published_sizes(size, heads):
+    with torch.device("meta"):
+        module = S2MAE(bands=generic(12), backbone=replace(PAPER, name=f"spectral_vit_{size}_cube3_patch8", depth=1))
+        state = to_published(module)
+    built, _ = build_published({n: torch.zeros(v.shape) for n, v in state.items()})
+    assert built.backbone.blocks[0].attn.num_heads == heads == module.backbone.blocks[0].attn.num_heads
+    with pytest.raises(UserError, match=r"48 wide, which is no published size: give num_heads"):
+        build_published(to_published(make()))
+
+
+def test_every_norm_has_the_epsilon_asked_for():
+    built, _ = build_published(to_published(make()), num_heads=4, decoder_heads=4, norm_eps=1e-5)
+    norms = [m for m in built.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 4 + 2 and {m.eps for m in norms} == {1e-5}
+
+
 def test_names_are_the_published_ones():
     state = to_published(make())
     assert {n for n in state if "." not in n} == {

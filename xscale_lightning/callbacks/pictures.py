@@ -32,10 +32,10 @@ from xscale_lightning.evaluation.ratios import (
     RatioScores,
     Restored,
     check_ratios,
+    raw_angle_sum,
     restore_at_ratios,
     restored,
     score,
-    to_raw,
 )
 from xscale_lightning.evaluation.reconstruction import (
     MAX_QUANTILE_VALUES,
@@ -46,7 +46,7 @@ from xscale_lightning.evaluation.reconstruction import (
     percentile_range,
     psnr,
 )
-from xscale_lightning.evaluation.spectral import AngleSum, angle_sum
+from xscale_lightning.evaluation.spectral import AngleSum
 from xscale_lightning.methods.measure import evaluation
 
 TITLES = ("original", "masked", "reconstruction", "with visible pixels")
@@ -151,7 +151,7 @@ class ReconstructionPictures(ProbeCallback):
                 _add(sums, name, error_sums(target, guess, visible))
                 bands: Any = pl_module.bands
                 if len(bands) > 1:  # the spectrum of one band has no shape
-                    _add(angles, name, angle_sum(to_raw(target, bands), to_raw(guess, bands), visible))
+                    _add(angles, name, raw_angle_sum(target, guess, visible, bands))
         picture = [torch.cat(parts) for parts in zip(*rows, strict=True)]
         if picture and not bool(picture[2].all()) and trainer.is_global_zero:
             self._draw(trainer, pl_module, *picture)

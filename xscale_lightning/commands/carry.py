@@ -1,18 +1,24 @@
 """What goes from one stage of training to the next: weights by name, and AdamW's moments by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from xscale_lightning import checkpoints
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.models.resizing import Tables, fit_tables
 from xscale_lightning.optim import parameter_groups
 
 Moments = dict[str, dict[str, Any]]
+# Arguments that a stage may change, besides rates and weights: what it sees and how it learns, not what the model is.
+FREE = (
+    *checkpoints.FREE,
+    *("scale_view", "backbone.image_size", "backbone.wavelengths", "backbone.pretrained"),
+)
 
 
 @dataclass
@@ -21,11 +27,36 @@ class EndState:
 
     Attributes:
         weights: parameters, target networks and buffers by name.
+        arguments: those of its method, plain.
         moments: AdamW's state by the name of the parameter.
     """
 
     weights: Mapping[str, Tensor]
-    moments: Moments = field(default_factory=dict)
+    arguments: Mapping[str, Any]
+    moments: Moments
+
+    @classmethod
+    def of(cls, module: SSLModule, moments: Moments) -> "EndState":
+        """The state of a method as it is."""
+        return cls(module.state_dict(), checkpoints.metadata(module)["init_args"], moments)
+
+
+def check_architecture(module: SSLModule, arguments: Mapping[str, Any]) -> None:
+    """Refuse a stage whose method is not that of the stage before, also where the shapes of the weights are the same.
+
+    Switches outside of the backbone, such as `norm_pix_loss`, are of the objective, which may change.
+
+    Raises:
+        UserError: naming the argument and both values.
+    """
+    here = checkpoints.metadata(module)["init_args"]
+    before, now = ({k: v for k, v in args.items() if not isinstance(v, bool)} for args in (arguments, here))
+    if changed := checkpoints.other_argument(before, now, FREE):
+        name, old, new = changed
+        raise UserError(
+            f"the stage before is of another architecture: {name} is {old} there and {new} here; set model.{name} "
+            "once, for all stages."
+        )
 
 
 def carry_weights(module: SSLModule, weights: Mapping[str, Tensor], tables: Tables) -> list[str]:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks.probe import is_sharded
-from xscale_lightning.commands.carry import CarryMoments, EndState, carry_weights, moments_by_name
+from xscale_lightning.commands.carry import CarryMoments, EndState, carry_weights, check_architecture, moments_by_name
 from xscale_lightning.commands.run_folder import RunFolder
 from xscale_lightning.commands.stage_options import ONE_FOR_ALL, StagedCommand, last_given, take_apart
 from xscale_lightning.commands.train import CLI, build, prepare
@@ -86,6 +86,8 @@ class StageCLI(CLI):
             raise UserError("stages carry whole weights: trainer.strategy must be one device, ddp or auto.")
         if stage.optimizer == "carry" and type(self.model).configure_optimizers is not SSLModule.configure_optimizers:
             raise UserError(f"optimizer 'carry' needs the usual AdamW, and {type(self.model).__name__} makes its own.")
+        if self.end:
+            check_architecture(self.model, self.end.arguments)
         changed = carry_weights(self.model, self.end.weights, stage.tables) if self.end else []
         if self.end and stage.optimizer == "carry":
             kept = {name: state for name, state in self.end.moments.items() if name not in changed}
@@ -144,7 +146,7 @@ class StagedRun:
         begin, end, before, configs = start, None, None, {}
         last = len(self.command.stages) - 1
         for index in range(start, last + 1):
-            cli = self._build(index, before and EndState(before.model.state_dict()), resume=index == start, check=True)
+            cli = self._build(index, before and EndState.of(before.model, {}), resume=index == start, check=True)
             if before is not None and cli.trainer.world_size != before.trainer.world_size:
                 there, here = before.trainer.world_size, cli.trainer.world_size
                 raise UserError(
@@ -172,7 +174,7 @@ class StagedRun:
         moments = {}
         if following[0].optimizer == "carry":
             moments = moments_by_name(cli.model, cli.trainer.optimizers[0].state_dict())
-        state = EndState(cli.model.state_dict(), moments)
+        state = EndState.of(cli.model, moments)
         del cli
         gc.collect()  # the stage's loaders and their workers, its copy of the data, its memory on the device
         if torch.cuda.is_available():
@@ -183,7 +185,7 @@ class StagedRun:
         moments = {}
         if self.command.stages[index + 1].optimizer == "carry":
             moments = moments_by_name(cli.model, checkpoint["optimizer_states"][0])
-        return EndState(checkpoint["state_dict"], moments)
+        return EndState(checkpoint["state_dict"], checkpoint[checkpoints.KEY]["init_args"], moments)
 
     def _build(self, index: int, end: EndState | None, resume: bool, check: bool) -> StageCLI:
         arguments = self.command.arguments(index, resume)

@@ -253,7 +253,7 @@ def _caption(
             "three shown bands are hidden, a patch takes a colour."
         )
     sentences.append(
-        "Visible values are pasted in." if paste_visible else "The reconstruction is the plain prediction."
+        "Visible values are pasted in." if paste_visible else "The reconstruction is what the method puts out."
     )
     if first.borrows:
         sentences.append(

@@ -22,7 +22,7 @@ from xscale_lightning.evaluation.reconstruction import (
     percentile_range,
     psnr,
 )
-from xscale_lightning.evaluation.spectral import angle_sum
+from xscale_lightning.evaluation.spectral import AngleSum, angle_sum
 
 if TYPE_CHECKING:
     from xscale_lightning.data.bands import Bands
@@ -83,6 +83,18 @@ def to_raw(images: Tensor, bands: "Bands") -> Tensor:
     """Images in standard units `[B, C, H, W]` in raw sensor units, float64."""
     mean, std = _statistics(bands, images.double())
     return images.double() * std + mean
+
+
+def raw_angle_sum(target: Tensor, guess: Tensor, visible: Tensor, bands: "Bands") -> AngleSum:
+    """Spectral angles, in raw units, of images `[B, C, H, W]` in standard units.
+
+    One image after the other: float64 with its temporaries would fill the memory for a batch of long spectra.
+    """
+    total = AngleSum(0.0, 0)
+    for images in zip(target, guess, visible, strict=True):
+        original, filled, seen = (part.unsqueeze(0) for part in images)
+        total += angle_sum(to_raw(original, bands), to_raw(filled, bands), seen)
+    return total
 
 
 def _statistics(bands: "Bands", like: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,6 +213,6 @@ def _scores(part: Restored, guess: Tensor, limits: Tensor, bands: "Bands") -> Sc
     share = torch.where(limits > 0, rmse / limits.double(), math.nan)
     angle = math.nan
     if len(bands) > 1:
-        angle = angle_sum(to_raw(part.target, bands), to_raw(guess, bands), part.visible).mean
+        angle = raw_angle_sum(part.target, guess, part.visible, bands).mean
     std = torch.tensor(bands.stds, dtype=torch.float64, device=rmse.device)
     return Scores(psnr(sums, limits), angle, (rmse * std).tolist(), share.tolist())

@@ -6,6 +6,7 @@ checkpoint metadata. Probes and pictures are callbacks; they never touch the los
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -195,17 +196,32 @@ class SSLModule(ScheduledModule):
     def check_data(self, data: Any, fitting: bool) -> None:
         """Refuse a data module whose bands or image size the model cannot take.
 
+        While fitting both sizes count: that of the views, and the data's own, which validation, pictures and kNN see.
+
         Raises:
             UserError: naming the bands that differ, or the sizes that would do.
         """
         difference = self.bands.difference(data.bands) if hasattr(data, "bands") else ""
         if difference:
             raise UserError(f"the model's bands are not the data's: {difference}. Give both the same data.bands.")
-        size = self.views.size if fitting and self.views.size else getattr(data, "image_size", None)
-        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+        own = _height_width(getattr(data, "image_size", None))
+        wanted = self.views.size if fitting else None
+        height, width = _height_width(wanted or own)
         if height and width:
             self.check_size(height, width)
             self.num_tokens = math.prod(self.token_grid(height, width)) + self.backbone.num_prefix
+        if wanted and all(own) and (reason := self._refusal(*own)):
+            raise UserError(
+                f"data.image_size {own[0]} x {own[1]}, which validation, pictures and kNN see, does not do beside "
+                f"views.size {wanted}: set data.image_size to {wanted}.\n{reason}"
+            )
+
+    def _refusal(self, height: int, width: int) -> str:
+        try:
+            self.check_size(height, width)
+        except UserError as error:  # only its words: of chained errors the command line shows the first
+            return str(error)
+        return ""
 
     def check_attention(self, device: torch.device) -> None:
         """Refuse an attention backend that cannot run on `device`.
@@ -300,3 +316,9 @@ class SSLModule(ScheduledModule):
             flops = count_flops(self, sample) // len(sample["image"])
             self._flops = (sample, flops)
         return flops * (self._batch_size() or 1)
+
+
+def _height_width(size: int | Sequence[int] | None) -> tuple[int, int]:
+    """Both sides of an image size; zeros where it is not known."""
+    height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+    return height, width

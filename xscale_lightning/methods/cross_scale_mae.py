@@ -25,6 +25,7 @@ from xscale_lightning.errors import UserError
 from xscale_lightning.losses import at_least_float32, normalize_patches, nt_xent, patch_mse
 from xscale_lightning.masking import check_ratio, keep_count, random_mask, to_boolean
 from xscale_lightning.methods.base import Batch, Reconstruction, SSLModule, StepOutput
+from xscale_lightning.methods.checks import check_plane
 from xscale_lightning.methods.cross_scale_recipe import Recipe
 from xscale_lightning.models.decoders import MAEDecoder
 from xscale_lightning.models.pos_embed import GSDPositions
@@ -86,6 +87,7 @@ class CrossScaleMAE(SSLModule):
         backbone = recipe.apply(backbone)
         super().__init__(backbone=backbone, **kwargs)
         check_ratio(mask_ratio)
+        check_plane(self.backbone, "Cross-Scale MAE")
         self.weights = (reconstruction_weight, prediction_weight, contrastive_weight)
         if not all(0 <= weight < math.inf for weight in self.weights):
             raise UserError(f"the loss weights must be finite and not negative, got {self.weights}.")
@@ -190,24 +192,10 @@ class CrossScaleMAE(SSLModule):
     # ---- what is refused before the first step --------------------------------------------------------------------
 
     def check_data(self, data: Any, fitting: bool) -> None:
-        """Refuse also batches of one image, and data whose own size does not do where `views.size` does."""
+        """Refuse also batches of one image."""
         super().check_data(data, fitting)
-        own = getattr(data, "image_size", None)
-        height, width = (own, own) if isinstance(own, int) else own or (0, 0)
-        if fitting and (wanted := self.views.size) and height and width and (reason := self._refusal(height, width)):
-            raise UserError(
-                f"data.image_size {height} x {width}, which validation, pictures and kNN see, does not do beside "
-                f"views.size {wanted}: set data.image_size to {wanted}.\n{reason}"
-            )
         if fitting:
             _check_batch("data.batch_size", getattr(data, "batch_size", None))
-
-    def _refusal(self, height: int, width: int) -> str:
-        try:
-            self.check_size(height, width)
-        except UserError as error:  # only its words: of chained errors the command line shows the first
-            return str(error)
-        return ""
 
     def on_train_start(self) -> None:
         """Refuse also a loader of single images, which a data module that does not say its batch size can have."""

@@ -109,6 +109,7 @@ class S2MAE(SSLModule):
             backbone.block_norm,
             backbone.norm_eps,
             cube_positions(decoder_dim, self.cubes, config),
+            backbone.final_norm_eps,
         )
 
     @property
@@ -129,7 +130,8 @@ class S2MAE(SSLModule):
             return torch.zeros_like(self.mean), torch.ones_like(self.std)
         values = raw.to(self.mean.dtype)
         low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)  # of the whole tile, uncut
-        return low, high - low + 1e-10
+        # 1e-10 as in the sibling's code, but not alone: dividing by it would blow up the rounding of a constant band.
+        return low, torch.where(high > low, high - low + 1e-10, 1.0)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """As the base; when the target has another scale, also what brings the input to it: `image * gain + shift`."""
@@ -234,7 +236,7 @@ class S2MAE(SSLModule):
         if self.norm_pix_loss:
             every = torch.arange(tokens.length, device=kept.device)[None]
             mean, deviation = patch_statistics(target, real=self._real(every, tokens.grid))
-        if self.predict_ratio < 1:
+        if self.predict_ratio < 1 and kept.shape[1] < tokens.length:
             cubes = self._decode_in_turns(tokens, (target - mean) / deviation, seen, gsd)
         else:
             cubes = self.decoder(tokens, gsd=gsd).to(target.dtype)

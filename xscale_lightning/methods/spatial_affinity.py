@@ -321,7 +321,7 @@ class SpatialAffinity(SSLModule):
         if self._part(self.student_encoder) is self.student_encoder:
             yield taken
             return
-        handle = self.backbone.register_forward_hook(lambda _module, _inputs, tokens: taken.append(tokens))
+        handle = self.backbone.register_forward_hook(lambda _module, _inputs, tokens: taken.append(tokens))  # pyright: ignore[reportArgumentType]
         try:
             yield taken
         finally:

@@ -25,6 +25,7 @@ class MAEDecoder(nn.Module):
         block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
         norm_eps: of the blocks' LayerNorms.
         positions: positions of width `dim`; default MAE's sin-cos.
+        final_norm_eps: of the LayerNorm after the blocks.
 
     Source: He et al. 2022, section 3; sizes 512 x 8 x 16 in its appendix A.1.
 
@@ -43,6 +44,7 @@ class MAEDecoder(nn.Module):
         block_norm: BlockNorm = "pre",
         norm_eps: float = 1e-6,
         positions: nn.Module | None = None,
+        final_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -53,7 +55,7 @@ class MAEDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio=mlp_ratio, block_norm=block_norm, norm_eps=norm_eps) for _ in range(depth)
         )
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, eps=final_norm_eps)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)

@@ -63,7 +63,8 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def take_positions(positions: Tensor, ids: Tensor) -> Tensor:
     """Positions `[1 or B, N, D]` at `ids [B, K]` -> `[B, K, D]`."""
     if len(positions) == 1:  # as an embedding: its gradient is summed into N rows, not into B x N of them
-        return F.embedding(ids, positions[0])
+        table = positions[0].to(torch.promote_types(positions.dtype, torch.float32))  # summed in float32 or better
+        return F.embedding(ids, table).to(positions.dtype)
     return gather(positions, ids)
 
 

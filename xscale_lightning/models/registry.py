@@ -40,6 +40,8 @@ class BackboneConfig:
     """LayerNorm before (`pre`) or after (`post`) attention and MLP of every block."""
     norm_eps: float = 1e-6
     """Epsilon of the blocks' LayerNorms."""
+    final_norm_eps: float = 1e-6
+    """Epsilon of the LayerNorm after the last block, in the encoder and in S2MAE's decoder."""
     final_norm: bool = True
     """Apply the LayerNorm after the last block; without, it stays in checkpoints as a frozen, unused parameter."""
     drop_path: float = 0.0
@@ -67,7 +69,7 @@ class BackboneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {value}.")
-        for name in ("mlp_ratio", "norm_eps"):
+        for name in ("mlp_ratio", "norm_eps", "final_norm_eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"backbone.{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.drop_path < 1:
@@ -148,7 +150,7 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
 # What a timm model decides by itself.
 _OWN = (
     *("position", "class_token", "patch_size", "dim", "depth", "num_heads"),
-    *("mlp_ratio", "block_norm", "norm_eps", "final_norm"),
+    *("mlp_ratio", "block_norm", "norm_eps", "final_norm", "final_norm_eps"),
 )
 _CUBES = ("cube_depth", "pad", "spectral")
 
@@ -183,7 +185,7 @@ def _sizes(config: BackboneConfig, size: str) -> tuple[int, int, int]:
 
 def _options(config: BackboneConfig) -> dict[str, Any]:
     same = ("position", "class_token", "drop_path", "pool", "reference_gsd")
-    same += ("mlp_ratio", "block_norm", "norm_eps", "final_norm")
+    same += ("mlp_ratio", "block_norm", "norm_eps", "final_norm", "final_norm_eps")
     return {**{n: getattr(config, n) for n in same}, "image_size": (config.image_size, config.image_size)}
 
 

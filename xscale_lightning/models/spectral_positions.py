@@ -58,36 +58,40 @@ class LearnedSpectral(nn.Module):
         return resized.mT.to(table.dtype)
 
 
-class SinCosSpectral(nn.Module):
-    """Fixed sin-cos of the group's number (an ablation of the paper)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, groups: int, like: Tensor) -> Tensor:
-        """Positions `[1, G, D]`."""
-        return sincos_1d(torch.arange(groups, dtype=torch.float64), self.dim).float().to(like).unsqueeze(0)
-
-
-class JointSinCos(nn.Module):
-    """One fixed sin-cos over the flat index of the cube, spatial and spectral together.
-
-    The paper's ablation names a "vanilla" joint sin-cos without defining it: this is Vaswani's over the sequence.
-    """
+class _SinCosTable(nn.Module):
+    """Fixed sin-cos of 0, 1, 2 ..., rounded to float32 as published tables are, and kept."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self._cache: dict[tuple, Tensor] = {}
 
+    def table(self, count: int, like: Tensor) -> Tensor:
+        """Positions `[1, count, D]` in the type and on the device of `like`."""
+        key = (count, like.dtype, like.device)
+        if key not in self._cache:
+            numbers = torch.arange(count, dtype=torch.float64)
+            self._cache[key] = sincos_1d(numbers, self.dim).float().to(like).unsqueeze(0)
+        return self._cache[key]
+
+
+class SinCosSpectral(_SinCosTable):
+    """Fixed sin-cos of the group's number (an ablation of the paper)."""
+
+    def forward(self, groups: int, like: Tensor) -> Tensor:
+        """Positions `[1, G, D]`."""
+        return self.table(groups, like)
+
+
+class JointSinCos(_SinCosTable):
+    """One fixed sin-cos over the flat index of the cube, spatial and spectral together.
+
+    The paper's ablation names a "vanilla" joint sin-cos without defining it: this is Vaswani's over the sequence.
+    """
+
     def forward(self, grid: tuple[int, ...], like: Tensor, gsd: Tensor | None = None) -> Tensor:
         """Positions `[1, G * H * W, D]`; `gsd` is ignored."""
-        key = (*grid, like.dtype, like.device)
-        if key not in self._cache:
-            index = torch.arange(math.prod(grid), dtype=torch.float64)
-            self._cache[key] = sincos_1d(index, self.dim).float().to(like).unsqueeze(0)
-        return self._cache[key]
+        return self.table(math.prod(grid), like)
 
 
 class WavelengthPositions(nn.Module):

@@ -182,6 +182,7 @@ class ViT(Encoder):
         block_norm: LayerNorm before (`pre`) or after (`post`) attention and MLP.
         norm_eps: of the blocks' LayerNorms.
         final_norm: apply the LayerNorm after the last block; without, it stays as a frozen, unused parameter.
+        final_norm_eps: of that LayerNorm.
         patch_embed: another tokenizer than that of square patches of all bands.
         positions: other positions than `position` says.
 
@@ -207,6 +208,7 @@ class ViT(Encoder):
         block_norm: BlockNorm = "pre",
         norm_eps: float = 1e-6,
         final_norm: bool = True,
+        final_norm_eps: float = 1e-6,
         patch_embed: PatchTokenizer | None = None,
         positions: nn.Module | None = None,
     ) -> None:
@@ -223,7 +225,7 @@ class ViT(Encoder):
         self.positions = positions or plane_positions(position, dim, patch_size, image_size, reference_gsd)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, num_heads, rate, mlp_ratio, block_norm, norm_eps) for rate in rates)
-        self.norm = LayerNorm(dim).requires_grad_(final_norm)
+        self.norm = LayerNorm(dim, eps=final_norm_eps).requires_grad_(final_norm)
         self.final_norm = final_norm
         self.apply(init_weights)
         if self.cls_token is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.s2mae import S2MAE
-from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.models.registry import SIZES, BackboneConfig
 from xscale_lightning.models.resizing import Tables
 from xscale_lightning.readers.common import Report, Rule, State, block_count, fuse, load_state, rename, split
 
@@ -74,6 +74,7 @@ def build_published(
     bands: Bands | None = None,
     num_heads: int | None = None,
     decoder_heads: int = 16,
+    norm_eps: float = 1e-6,
     tables: Tables | None = "resize",
     **options: Any,
 ) -> tuple[S2MAE, Report]:
@@ -83,19 +84,24 @@ def build_published(
         state: published names; see `open_published`.
         bands: record of the bands; default nameless ones, as many as the checkpoint has. With another number of groups
             the spectral tables are resized.
-        num_heads: heads of the encoder, which no shape tells; default one per 64 channels, as in every published size.
+        num_heads: heads of the encoder, which no shape tells; default those of the published size of this width.
         decoder_heads: heads of the decoder; 16 in every published size.
+        norm_eps: of every LayerNorm, which no shape tells either; 1e-6 in the published code.
         tables: as in `load_published`.
         **options: further arguments of `S2MAE`, such as `normalize`.
 
     Raises:
-        UserError: as `load_published`, or a state dict of another method.
+        UserError: as `load_published`, a width of no published size without `num_heads`, or a state dict of another
+            method.
     """
     needed = ("patch_embed.proj.weight", "pos_embed_spatial", "pos_embed_temporal", "decoder_embed.weight")
     lacking = [name for name in needed if name not in state]
     if lacking:
         raise UserError(f"this is no pretraining checkpoint of SpectralGPT: it lacks {lacking[0]!r}.")
     dim, _, depth, patch, _ = state[needed[0]].shape
+    heads = num_heads or {width: heads for width, _, heads in SIZES.values()}.get(dim)
+    if heads is None:
+        raise UserError(f"the checkpoint is {dim} wide, which is no published size: give num_heads, no shape tells it.")
     backbone = BackboneConfig(
         name="spectral_vit_base_cube3_patch8",
         position="learned",
@@ -105,7 +111,9 @@ def build_published(
         cube_depth=depth,
         dim=dim,
         depth=block_count(state, "blocks."),
-        num_heads=num_heads or max(1, dim // 64),
+        num_heads=heads,
+        norm_eps=norm_eps,
+        final_norm_eps=norm_eps,
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
         image_size=patch * isqrt(state["pos_embed_spatial"].shape[1]),
     )
