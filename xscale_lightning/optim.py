@@ -1,13 +1,12 @@
-"""AdamW with parameter groups whose learning rate and weight decay are functions of the optimizer step."""
+"""Optimizer with parameter groups whose learning rate and weight decay are functions of the optimizer step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.schedules import cosine, warmup_cosine
@@ -44,6 +43,10 @@ class OptimizerConfig:
     schedulers that step before the optimizer does (I-JEPA)."""
     layer_decay: float | None = None
     """Learning rate of block i times `layer_decay ** (depth + 1 - i)`; null: all alike."""
+    epoch_decay: float | None = None
+    """Factor of the learning rate from epoch to epoch after the warm-up, in place of the cosine; null: the cosine."""
+    kind: Literal["adamw", "sgd", "lars"] = "adamw"
+    """`adamw`, or for linear probes `sgd` or `lars` (You et al. 2017), both with `beta1` as momentum."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
@@ -58,6 +61,8 @@ class OptimizerConfig:
             raise UserError(f"optimizer.floor must be in [0, 1], got {self.floor}.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}.")
+        if self.epoch_decay is not None and not 0 < self.epoch_decay <= 1:
+            raise UserError(f"optimizer.epoch_decay must be in (0, 1], got {self.epoch_decay}.")
 
     def resolve_lr(self, global_batch: int) -> float:
         """Peak learning rate for `global_batch` samples per step. Source: Goyal et al. 2017, linear scaling."""
@@ -108,12 +113,16 @@ class Plan:
     warmup_steps: int
     peak_lr: float
     config: OptimizerConfig
+    steps_per_epoch: int = 1
 
     def lr(self, step: int) -> float:
         """Learning rate for optimizer step `step` (0-based)."""
         c = self.config
         least = c.floor * self.peak_lr
         start, end = max(c.warmup_lr, least), max(c.min_lr, least)
+        past = step + c.first_step - self.warmup_steps
+        if c.epoch_decay is not None and past >= 0:
+            return max(end, self.peak_lr * c.epoch_decay ** (past // self.steps_per_epoch))
         return warmup_cosine(step + c.first_step, self.total_steps, self.warmup_steps, start, self.peak_lr, end)
 
     def weight_decay(self, step: int) -> float:
@@ -123,13 +132,27 @@ class Plan:
         return cosine(step + c.first_step, self.total_steps, c.weight_decay, final)
 
 
+def build_optimizer(groups: Iterable[dict], config: OptimizerConfig) -> Optimizer:
+    """The optimizer of `config.kind` over `groups`; AdamW is fused: one kernel for all parameters."""
+    if config.kind == "adamw":
+        return build_adamw(groups, config)
+    if config.kind == "sgd":
+        return SGD(_without_names(groups), lr=config.lr, momentum=config.beta1)
+    from timm.optim import Lars
+
+    return Lars(_without_names(groups), lr=config.lr, momentum=config.beta1)
+
+
 def build_adamw(groups: Iterable[dict], config: OptimizerConfig) -> AdamW:
     """AdamW over `groups`, fused: one kernel for all parameters."""
-    names_out = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-    return AdamW(names_out, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return AdamW(_without_names(groups), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def apply_plan(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
+def _without_names(groups: Iterable[dict]) -> list[dict]:
+    return [{k: v for k, v in group.items() if k != "names"} for group in groups]
+
+
+def apply_plan(optimizer: Optimizer, plan: Plan, step: int) -> None:
     """Set every group's learning rate and weight decay for optimizer step `step`."""
     lr, weight_decay = plan.lr(step), plan.weight_decay(step)
     for group in optimizer.param_groups:

@@ -5,7 +5,6 @@ Any number of bands; no operation mixes bands. Needs torch only.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xscale_lightning.data.kernels import KERNELS
 from xscale_lightning.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -60,8 +60,8 @@ class Views:
             raise UserError(f"views.intensity: {self.intensity} is not possible; needs 0 <= intensity < 1.")
         if not 0 <= self.band_dropout < 1:
             raise UserError(f"views.band_dropout: {self.band_dropout} is not possible; needs 0 <= band_dropout < 1.")
-        if self.interpolation not in _KERNELS:
-            raise UserError(f"views.interpolation: '{self.interpolation}' is unknown; choose from {list(_KERNELS)}.")
+        if self.interpolation not in KERNELS:
+            raise UserError(f"views.interpolation: '{self.interpolation}' is unknown; choose from {list(KERNELS)}.")
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the views of images of this height and width."""
@@ -118,6 +118,15 @@ class Views:
         if draw.keep is not None:
             images = images * draw.keep[:, :, None, None].to(images.dtype)
         return images, gsd
+
+    def apply_to_masks(self, draw: "Draw", masks: Tensor) -> Tensor:
+        """The views that were drawn, of class maps `[B, H, W]`: the same ground, at every pixel the nearest class."""
+        maps = masks.unsqueeze(1)
+        if draw.boxes is None:
+            return turn(maps, draw.quarters, draw.mirror).squeeze(1)
+        parts = _turn_parts(draw.quarters, draw.mirror)
+        with torch.autocast(masks.device.type, enabled=False):
+            return _sample(maps.float(), draw.boxes.float(), draw.size, parts, "nearest").squeeze(1).to(masks.dtype)
 
     def _random_turns(self, batch: int, square: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         quarters = torch.zeros(batch, dtype=torch.long, device=device)
@@ -242,7 +251,7 @@ def _turn_parts(quarters: Tensor, mirror: Tensor) -> Turn:
     return quarters % 2 == 1, ((quarters == 1) | (quarters == 2)) ^ mirror[:, 0], (quarters >= 2) ^ mirror[:, 1]
 
 
-def _sample(images: Tensor, boxes: Tensor, size: tuple[int, int], parts: Turn) -> Tensor:
+def _sample(images: Tensor, boxes: Tensor, size: tuple[int, int], parts: Turn, mode: str = "bilinear") -> Tensor:
     """Crop, enlarge and turn in one pass: output coordinates in [-1, 1] map to input ones by one matrix per image."""
     batch, bands, height, width = images.shape
     top, left, box_height, box_width = boxes.unbind(1)
@@ -252,7 +261,7 @@ def _sample(images: Tensor, boxes: Tensor, size: tuple[int, int], parts: Turn) -
     x = torch.stack([across * right * (1 - swap), across * down * swap, (2 * left + box_width) / width - 1], dim=1)
     y = torch.stack([along * right * swap, along * down * (1 - swap), (2 * top + box_height) / height - 1], dim=1)
     grid = functional.affine_grid(torch.stack([x, y], dim=1), [batch, bands, *size], align_corners=False)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return functional.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
 def _resample(
@@ -273,7 +282,7 @@ def _resampling_matrix(
     start: Tensor, length: Tensor, inputs: int, outputs: int, flip: Tensor, interpolation: Interpolation
 ) -> Tensor:
     """Weights `[B, outputs, inputs]` that resample `[start, start + length)` `[B]`; every row sums to 1."""
-    kernel, support = _KERNELS[interpolation]
+    kernel, support = KERNELS[interpolation]
     step = (length / outputs).view(-1, 1, 1)
     pixels = torch.arange(inputs, device=start.device) + 0.5
     offsets = (torch.arange(outputs, device=start.device).view(1, -1, 1) + 0.5) * step
@@ -281,19 +290,3 @@ def _resampling_matrix(
     distance = (pixels - centres).abs() / step.clamp(min=1.0)  # a shrunk crop averages over `step` input pixels
     weights = torch.where(distance < support, kernel(distance), 0.0)
     return weights / weights.sum(dim=2, keepdim=True)
-
-
-def _triangle(distance: Tensor) -> Tensor:
-    return 1 - distance
-
-
-def _keys_cubic(distance: Tensor) -> Tensor:
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance < 1, near, far)
-
-
-_KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "bilinear": (_triangle, 1.0),
-    "bicubic": (_keys_cubic, 2.0),
-}

@@ -15,7 +15,7 @@ from xscale_lightning.errors import UserError
 from xscale_lightning.methods.measure import mix_seed
 from xscale_lightning.models.attention import Backend, choose_backend
 from xscale_lightning.models.vit import Encoder
-from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_adamw, parameter_groups
+from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_optimizer, parameter_groups
 from xscale_lightning.schedules import Schedule
 
 
@@ -73,7 +73,7 @@ class ScheduledModule(LightningModule):
         batch = self._samples_per_step()
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         warmup = min(round(config.warmup_epochs * steps_per_epoch), int(total))
-        self.plan = Plan(int(total), warmup, config.resolve_lr(batch), config)
+        self.plan = Plan(int(total), warmup, config.resolve_lr(batch), config, max(steps_per_epoch, 1))
         scaled = f"{config.lr:g} x {batch} / 256 = " if config.scale_lr else ""
         dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
         backend, why = choose_backend(self.device, dtype, self.num_tokens)
@@ -87,7 +87,7 @@ class ScheduledModule(LightningModule):
         )
         layers = (config.layer_decay, self.backbone.layer_index, self.backbone.depth)
         groups = parameter_groups(self, *layers, undecayed=self.undecayed)
-        optimizer = build_adamw(groups, config)
+        optimizer = build_optimizer(groups, config)
         optimizer.register_step_pre_hook(lambda opt, *_: apply_plan(opt, self._run_plan, self._optimizer_step))
         optimizer.register_step_post_hook(lambda opt, *_: self._move_targets(getattr(opt, "found_inf", None)))
         return optimizer
