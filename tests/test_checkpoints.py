@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from xscale_lightning.checkpoints import check_resume, load_backbone, load_method, metadata, plain
+from xscale_lightning.checkpoints import check_resume, load_method, metadata, plain
 from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
@@ -16,6 +16,7 @@ from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import PAPER, S2MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
+from xscale_lightning.pretrained import load_backbone
 
 BANDS = generic(3).with_statistics([5.0, 6.0, 7.0], [2.0, 3.0, 4.0])
 BATCH = {

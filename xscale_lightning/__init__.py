@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xscale_lightning.checkpoints import load_backbone
     from xscale_lightning.errors import UserError
+    from xscale_lightning.init_from import load_encoder
     from xscale_lightning.methods.base import Reconstruction, SSLModule, StepOutput
     from xscale_lightning.models.registry import create_backbone, register_backbone
+    from xscale_lightning.pretrained import load_backbone
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "create_backbone",
     "load_backbone",
+    "load_encoder",
     "register_backbone",
 ]
 
@@ -32,7 +34,8 @@ _HOME = {
     "StepOutput": "xscale_lightning.methods.base",
     "UserError": "xscale_lightning.errors",
     "create_backbone": "xscale_lightning.models.registry",
-    "load_backbone": "xscale_lightning.checkpoints",
+    "load_backbone": "xscale_lightning.pretrained",
+    "load_encoder": "xscale_lightning.init_from",
     "register_backbone": "xscale_lightning.models.registry",
 }
 

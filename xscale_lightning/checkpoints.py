@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and how an encoder comes back out of it.
+"""What a checkpoint says about itself, and how a method comes back out of it.
 
 Files from others are opened with `weights_only=True`: loading never runs code.
 """
@@ -17,8 +17,6 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from xscale_lightning import __version__
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.models.vit import Encoder
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 KEY = "xscale"
 # Arguments that may change when a run is resumed. Rates and weights (floats, such as a mask ratio) may, too; names,
 # sizes and switches may not: heads or positions, for example, leave no trace in the shapes of the weights.
-FREE = ("optimizer", "views", "attention")
+FREE = ("optimizer", "views", "attention", "init_from", "adapt_bands")
 FIXED_FLOATS = ("mlp_ratio", "norm_eps", "final_norm_eps", "reference_gsd")  # floats that belong to the architecture
 
 
@@ -201,9 +199,16 @@ def load_method(path: str | Path) -> "SSLModule":
         raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install its package.") from error
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
         raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
-    module = build_method(cls, {**saved["init_args"], "bands": saved["bands"]})
+    module = build_method(cls, {**_without_download(saved["init_args"]), "bands": saved["bands"]})
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
+
+
+def _without_download(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a method whose weights are at hand: timm's need not be fetched."""
+    backbone = arguments.get("backbone")
+    fixed = {"backbone": {**backbone, "pretrained": False}} if isinstance(backbone, Mapping) else {}
+    return {**arguments, **fixed}
 
 
 def build_method(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> "SSLModule":
@@ -217,18 +222,3 @@ def build_method(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> "SSLMo
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "method")
     return parser.instantiate(parser.parse_object({"method": dict(arguments)})).method
-
-
-def load_backbone(path: str | Path) -> tuple[Encoder, Bands]:
-    """The encoder of a checkpoint, weights included, in evaluation mode, and the record of its bands.
-
-    Raises:
-        UserError: as `read_metadata`.
-    """
-    checkpoint, saved = read_metadata(path)
-    bands = Bands.from_dict(saved["bands"])
-    encoder = BackboneConfig(**saved["init_args"]["backbone"]).build(len(bands), bands.wavelengths)
-    prefix = "backbone."
-    state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    encoder.load_state_dict(state)
-    return encoder.eval(), bands

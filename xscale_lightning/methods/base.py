@@ -72,7 +72,7 @@ class SSLModule(ScheduledModule):
         self.bands = bands or generic(3)
         self.views = views
         self.attention: Backend = attention
-        self.backbone_name = backbone.name
+        self.backbone_name, self.backbone_config = backbone.name, backbone
         self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.bands.stds).view(1, -1, 1, 1), persistent=False)

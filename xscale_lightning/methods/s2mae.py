@@ -38,10 +38,10 @@ from xscale_lightning.methods.checks import check_finite
 from xscale_lightning.models.cubes import CubeEmbed
 from xscale_lightning.models.decoders import MAEDecoder
 from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.models.scaling import Scale, image_scaling
 from xscale_lightning.models.spectral_vit import SpectralViT, cube_positions
 from xscale_lightning.models.tokens import Tokens, gather
 
-Scale = Literal["minmax", "standardize", "none"]
 PAPER = BackboneConfig(
     "spectral_vit_base_cube3_patch8", position="learned", spectral="learned", image_size=96, class_token=False
 )
@@ -124,14 +124,7 @@ class S2MAE(SSLModule):
         return self._scaling(raw, self.normalize)
 
     def _scaling(self, raw: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
-        if scale == "standardize":
-            return super().scaling(raw)
-        if scale == "none":
-            return torch.zeros_like(self.mean), torch.ones_like(self.std)
-        values = raw.to(self.mean.dtype)
-        low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)  # of the whole tile, uncut
-        # 1e-10 as in the sibling's code, but not alone: dividing by it would blow up the rounding of a constant band.
-        return low, torch.where(high > low, high - low + 1e-10, 1.0)
+        return image_scaling(raw, scale, self.mean, self.std)
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
         """As the base; when the target has another scale, also what brings the input to it: `image * gain + shift`."""

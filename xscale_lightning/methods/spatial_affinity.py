@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xscale_lightning import checkpoints
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.data.views import Views
 from xscale_lightning.ema import EMA
@@ -38,6 +37,7 @@ from xscale_lightning.models.heads import ProjectedEncoder
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
+from xscale_lightning.pretrained import load_backbone
 from xscale_lightning.schedules import Rise, Schedule
 
 Source = Literal["pair", "mr", "hr", "interpolated"]
@@ -304,7 +304,7 @@ class SpatialAffinity(SSLModule):
                 raise UserError(
                     f"teacher {self.teacher_name!r} is no file: give host, own or the path of a checkpoint."
                 )
-            encoder, bands = checkpoints.load_backbone(self.teacher_name)
+            encoder, bands = load_backbone(self.teacher_name)
             if difference := self.bands.difference(bands):
                 raise UserError(f"teacher {self.teacher_name!r} was trained on other bands: {difference}.")
             self._frozen = (encoder.requires_grad_(False).to(device, self.mean.dtype),)

@@ -111,8 +111,13 @@ class Report:
 
     def __str__(self) -> str:
         parts = {"resized": self.resized, "missing": self.missing, "unexpected": self.unexpected}
-        named = [f"{len(names)} {what} ({', '.join(names)})" for what, names in parts.items() if names]
+        named = [f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names]
         return "; ".join([f"{len(self.matched)} tensors matched", *named])
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    """Names for a line of text: all of a few, or the first of many."""
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
 
 def load_state(
