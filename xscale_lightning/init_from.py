@@ -154,7 +154,15 @@ def _from_timm(name: str, chans: int) -> Source:
 
 
 def fitting_bands(found: Source, bands: Bands | None, adapt_bands: bool) -> Bands:
-    """The bands the encoder will have.
+    """The record of the bands that an encoder from this source will have.
+
+    Args:
+        found: the source.
+        bands: those of the data; None takes the source's.
+        adapt_bands: allow others than the source's.
+
+    Returns:
+        `bands`, where source and data share one with the statistics that the source was trained with.
 
     Raises:
         UserError: they differ from the source's, and are not to be adapted.
@@ -170,7 +178,8 @@ def fitting_bands(found: Source, bands: Bands | None, adapt_bands: bool) -> Band
                 f"Choose {chans} with data.bands.names, or set adapt_bands to true: every filter becomes their mean."
             )
         return bands
-    difference = there.difference(bands)
+    alike = there.names == bands.names and there.unit == bands.unit and _shared(there, bands) == _same(bands)
+    difference = "" if alike else there.difference(bands)  # another name of the sensor alone is no difference
     if difference and not adapt_bands:
         known = [name for name in there.names if name in bands.names]
         choice = "choose its bands with data.bands.names" if len(known) == len(there) else "take data that has them"
@@ -183,6 +192,10 @@ def fitting_bands(found: Source, bands: Bands | None, adapt_bands: bool) -> Band
     mean = [statistics[i].mean if i in statistics else band.mean for i, band in enumerate(bands.bands)]
     std = [statistics[i].std if i in statistics else band.std for i, band in enumerate(bands.bands)]
     return bands.with_statistics(mean, std)
+
+
+def _same(bands: Bands) -> dict[int, int]:
+    return {i: i for i in range(len(bands))}
 
 
 def _any_count(encoder: Encoder) -> bool:
@@ -261,9 +274,9 @@ def _filters(weight: Tensor, there: Bands | None, here: Bands) -> tuple[Tensor, 
         mean = weight.mean(1, keepdim=True)
         scale = weight.shape[1] / len(here)  # the sum over the bands keeps its size
         return mean.expand(-1, len(here), -1, -1) * scale, f"the mean of {weight.shape[1]} filters for every band"
-    if there.names == here.names:
-        return weight, ""
     shared = _shared(there, here)
+    if shared == _same(here) and len(there) == len(here):
+        return weight, ""
     mean = weight.mean(1)
     rows = [weight[:, shared[i]] if i in shared else mean for i in range(len(here))]
     new = [name for i, name in enumerate(here.names) if i not in shared]

@@ -80,6 +80,8 @@ class StageCLI(CLI):
         """Take over from the stage before, besides all checks of a run."""
         command = self.run.command
         stage = command.stages[self.index]
+        if self.end or self.index:
+            self.model._start = (None, False)  # init_from is where the first stage starts
         self.model.stage = {"number": self.index + 1, "of": len(command.stages), "name": stage.name}
         super().after_instantiate_classes()
         if is_sharded(self.trainer):

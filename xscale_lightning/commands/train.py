@@ -15,11 +15,15 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+import xscale_lightning.data.change
 import xscale_lightning.data.folder
 import xscale_lightning.data.paired
 import xscale_lightning.data.sample
 import xscale_lightning.data.synthetic
-import xscale_lightning.data.torchgeo  # noqa: F401 (the class names of these become short names)
+import xscale_lightning.data.torchgeo
+import xscale_lightning.tasks.change
+import xscale_lightning.tasks.classification
+import xscale_lightning.tasks.segmentation  # noqa: F401 (the class names of these become short names)
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
     FeatureGeometry,
@@ -110,6 +114,8 @@ class CLI(LightningCLI):
             kwargs["logger"] = False  # until everything is checked: a logger's folder is made after that
         if config.get("enable_progress_bar") is False:
             self._parser(self.subcommand).callback_keys.remove("progress")
+        for key in getattr(self.model, "without_callbacks", ()):
+            self._parser(self.subcommand).callback_keys.remove(key)
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -120,6 +126,8 @@ class CLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoints.check_resume(path, self.model)
+        elif self.subcommand == "fit" and not path:
+            self.model.initialise()
         cores = os.cpu_count() or 1
         if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.num_devices > cores:
             raise UserError(
@@ -128,6 +136,16 @@ class CLI(LightningCLI):
         self.model.check_attention(self.trainer.strategy.root_device)
         if self._own_logger and not self.check_only:
             self.trainer.logger = self._logger()
+
+    def after_fit(self) -> None:
+        """Test a fine-tuned model where there is a test split: the best checkpoint, if one is monitored."""
+        trainer, data = self.trainer, self.datamodule
+        if not getattr(self.model, "test_after_fit", False) or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if data.dataset("test") is None:
+            return
+        monitored = any(isinstance(c, ModelCheckpoint) and c.best_model_path for c in trainer.checkpoint_callbacks)
+        trainer.test(self.model, datamodule=data, ckpt_path="best" if monitored else None, weights_only=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Open checkpoints without running code, unless the user says otherwise."""

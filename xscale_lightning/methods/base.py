@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -42,6 +43,9 @@ class SSLModule(ScheduledModule):
         optimizer: AdamW and its schedules.
         views: augmentation of the training images, on the device.
         attention: attention backend of every layer; `auto` chooses by device, type and length.
+        init_from: weights that the encoder starts from: a checkpoint, run or export folder, `timm:NAME`, or a published
+            file. It never resumes a run: that is `--ckpt_path`.
+        adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.
 
     Attributes:
         backbone: the encoder.
@@ -65,6 +69,8 @@ class SSLModule(ScheduledModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         views: Views = Views(),  # noqa: B008
         attention: Backend = "auto",
+        init_from: str | None = None,
+        adapt_bands: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.save_hyperparameters()
@@ -76,6 +82,7 @@ class SSLModule(ScheduledModule):
         self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.bands.stds).view(1, -1, 1, 1), persistent=False)
+        self._start = (init_from, adapt_bands)
         self._first_batch_seen = False
         self._flops: tuple[Batch, int] | None = None
 
@@ -189,9 +196,24 @@ class SSLModule(ScheduledModule):
         """Refuse data that the model cannot take, before the first batch."""
         self.check_attention(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
+        if stage == "fit" and not self.trainer.ckpt_path:
+            self.initialise()
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")
+
+    def initialise(self) -> None:
+        """Take the weights of `init_from`, if it is given; once, before the first step, and not in a resumed run.
+
+        Raises:
+            UserError: no such weights, of other bands, or that do not fit.
+        """
+        source, adapt_bands = self._start
+        if source is not None:
+            from xscale_lightning.init_from import start_from
+
+            rank_zero_info(f"encoder from {source}: {start_from(self, source, adapt_bands)}")
+            self._start = (None, False)
 
     def check_data(self, data: Any, fitting: bool) -> None:
         """Refuse a data module whose bands or image size the model cannot take.

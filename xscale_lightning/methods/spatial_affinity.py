@@ -72,6 +72,8 @@ class SpatialAffinity(SSLModule):
         optimizer: AdamW and its schedules.
         views: augmentation; the same crop, flips and turns for image and image_hr.
         attention: attention backend of every layer.
+        init_from: weights that the encoder starts from, see `SSLModule`.
+        adapt_bands: allow `init_from` weights of other bands.
 
     Attributes:
         host: the host method.
@@ -102,8 +104,10 @@ class SpatialAffinity(SSLModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         views: Views = Views(),  # noqa: B008
         attention: Backend = "auto",
+        init_from: str | None = None,
+        adapt_bands: bool = False,
     ) -> None:
-        super().__init__(bands, backbone, optimizer, views, attention)
+        super().__init__(bands, backbone, optimizer, views, attention, init_from, adapt_bands)
         if ratio < 1:
             raise UserError(f"ratio must be a whole number of HR pixels per MR pixel, at least 1, got {ratio}.")
         if weight < 0 or not 0 <= start <= 1 or not 0 <= warmup <= 1:
