@@ -15,6 +15,8 @@ COMMANDS = {
     "test": ("xscale_lightning.commands.stages", "evaluations of a checkpoint on the test split"),
     "predict": ("xscale_lightning.commands.stages", "write the embeddings of a data set"),
     "reconstruct": ("xscale_lightning.commands.reconstruct", "hide parts of an image, put them back: picture, numbers"),
+    "export": ("xscale_lightning.commands.export", "the encoder of a checkpoint as a folder, for here and for timm"),
+    "embed": ("xscale_lightning.commands.embed", "embeddings of scenes or of a data set: Parquet, feature map"),
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),

@@ -178,8 +178,7 @@ def fitting_bands(found: Source, bands: Bands | None, adapt_bands: bool) -> Band
                 f"Choose {chans} with data.bands.names, or set adapt_bands to true: every filter becomes their mean."
             )
         return bands
-    alike = there.names == bands.names and there.unit == bands.unit and _shared(there, bands) == _same(bands)
-    difference = "" if alike else there.difference(bands)  # another name of the sensor alone is no difference
+    difference = "" if same_bands(there, bands) else there.difference(bands) or "wavelengths or unit"
     if difference and not adapt_bands:
         known = [name for name in there.names if name in bands.names]
         choice = "choose its bands with data.bands.names" if len(known) == len(there) else "take data that has them"
@@ -192,6 +191,14 @@ def fitting_bands(found: Source, bands: Bands | None, adapt_bands: bool) -> Band
     mean = [statistics[i].mean if i in statistics else band.mean for i, band in enumerate(bands.bands)]
     std = [statistics[i].std if i in statistics else band.std for i, band in enumerate(bands.bands)]
     return bands.with_statistics(mean, std)
+
+
+def same_bands(there: Bands, here: Bands) -> bool:
+    """Whether an encoder of one record takes images of the other: names, order, wavelengths and unit are the same.
+
+    Another name of the sensor alone is no difference: presets share bands.
+    """
+    return there.names == here.names and there.unit == here.unit and _shared(there, here) == _same(here)
 
 
 def _same(bands: Bands) -> dict[int, int]:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from xscale_lightning.commands.arguments import Parser
 from xscale_lightning.commands.outputs import strict_json, write_together
 from xscale_lightning.errors import UserError
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 
 DEFAULT_RATIOS = (0.5, 0.75, 0.9, 0.95)
 UNKNOWN_SIZE = 128  # largest window for checkpoints that do not say what they were trained on
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser whose errors are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line."""
-        raise UserError(f"{message}; `xscale reconstruct --help` shows the options.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

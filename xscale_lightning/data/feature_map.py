@@ -1,0 +1,104 @@
+"""A GeoTIFF whose pixels are patches: one band per feature, or principal components of them."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xscale_lightning.data.image_window import OpenImage
+from xscale_lightning.data.scene_windows import Tiling
+from xscale_lightning.errors import UserError
+
+Rows = Callable[[], Iterator[tuple[int, np.ndarray]]]
+MAX_BANDS = 65535  # of a TIFF
+
+
+def write_feature_map(
+    path: Path, rows: Rows, image: OpenImage, tiling: Tiling, names: Sequence[str], components: "Components | None"
+) -> None:
+    """Write the map of a scene, whole or not at all; row by row, so it may be larger than memory.
+
+    Args:
+        path: the file.
+        rows: gives the map's rows `(first, [D, n, W])` from the beginning, every time it is called.
+        image: the scene; the map has its coordinate system, and pixels of one patch.
+        tiling: its patches.
+        names: band descriptions.
+        components: principal components to write instead of the features.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.transform import from_origin
+    from rasterio.windows import Window
+
+    if len(names) > MAX_BANDS:
+        raise UserError(f"--map: {len(names)} features are more bands than a GeoTIFF has; give --pca 3.")
+    (height, width), grid = tiling.grid, image.grid
+    place = from_origin(grid.left, grid.top, grid.dx * tiling.patch, grid.dy * tiling.patch)
+    profile = {"driver": "GTiff", "count": len(names), "height": height, "width": width, "dtype": "float32"}
+    profile |= {"nodata": float("nan"), "compress": "deflate", "predictor": 3, "bigtiff": "if_safer"}
+    # One row per block and band: whole rows are written once, and nothing is compressed again.
+    profile |= {"interleave": "band", "blockysize": 1, "tiled": False}
+    profile |= {"crs": image.crs, "transform": place} if image.crs else {}
+    part = ""
+    try:
+        handle, part = tempfile.mkstemp(suffix=".part.tif", dir=path.absolute().parent)
+        os.close(handle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(part, "w", **profile) as file:
+                for first, values in rows():
+                    values = values if components is None else components.project(values)
+                    file.write(values, window=Window(0, first, width, values.shape[1]))  # type: ignore[arg-type]
+                file.descriptions = tuple(names)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except (OSError, RasterioError) as error:
+        raise UserError(f"--map '{path}' cannot be written ({error}); choose another.") from error
+    finally:
+        if part:
+            Path(part).unlink(missing_ok=True)
+
+
+class Components:
+    """Principal components of a map's features, from all patches with data, in one pass over its rows.
+
+    Attributes:
+        shares: share of the variance of every component `[K]`.
+
+    Raises:
+        UserError: more components than features, or fewer than two patches with data.
+    """
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        total: np.ndarray | float = 0.0
+        products: np.ndarray | float = 0.0
+        number = 0
+        for _, values in rows():
+            points = values.reshape(len(values), -1).astype(np.float64)  # [D, n * W]
+            points = points[:, np.isfinite(points).all(axis=0)]
+            total = total + points.sum(axis=1)
+            products = products + points @ points.T
+            number += points.shape[1]
+        if number < 2:
+            raise UserError("--pca: the scene has fewer than two patches with data.")
+        self.mean = np.asarray(total) / number
+        if count > len(self.mean):
+            raise UserError(f"--pca {count}: there are {len(self.mean)} features; give at most as many.")
+        covariance = np.asarray(products) / number - np.outer(self.mean, self.mean)
+        variances, vectors = np.linalg.eigh(covariance)
+        vectors = vectors[:, ::-1][:, :count]
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(count)])
+        self.vectors = vectors * np.where(signs == 0, 1, signs)  # the largest entry is positive: no arbitrary sign
+        self.shares = np.clip(variances[::-1][:count], 0, None) / max(float(variances.clip(0).sum()), 1e-300)
+
+    def project(self, values: np.ndarray) -> np.ndarray:
+        """Features `[D, n, W]` -> components `[K, n, W]` float32; NaN stays NaN."""
+        points = values.reshape(len(values), -1).astype(np.float64) - self.mean[:, None]
+        return (self.vectors.T @ points).reshape(-1, *values.shape[1:]).astype(np.float32)
