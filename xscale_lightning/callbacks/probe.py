@@ -34,6 +34,8 @@ class Measurement:
     """For a metric, what simple methods reach on the same data: `{"reconstruction/psnr": {"mean fill": 17.1}}`."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Standard error of a metric, where it is known."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of a metric, where it is known."""
 
 
 @runtime_checkable

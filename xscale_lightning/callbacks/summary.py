@@ -25,7 +25,7 @@ from xscale_lightning.callbacks.leftovers import damage_lines, damage_record, re
 from xscale_lightning.callbacks.probe import Measurement, run_folder
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.callbacks.throughput import batch_images
-from xscale_lightning.callbacks.verdict import Record, format_value, verdict
+from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, verdict
 from xscale_lightning.errors import find_user_error
 
 PACKAGES = ("torch", "lightning", "torchgeo", "timm", "torchmetrics", "xformers")
@@ -50,6 +50,7 @@ class RunSummary(Callback):
         self._recalled = False
         self._made = time.time()
         self._first_step: int | None = None
+        self._fitted: dict[str, Any] | None = None
 
     def record_probe(self, trainer: Trainer, measurement: Measurement) -> None:
         """Take note of figures measured now; in `fit` those before the first step are the base line."""
@@ -62,6 +63,8 @@ class RunSummary(Callback):
             record.last_step = current_step(trainer)
             record.baselines = dict(measurement.baselines.get(name, {}))
             record.error = measurement.errors.get(name, 0.0)
+            interval = measurement.intervals.get(name)
+            record.interval = None if interval is None else list(interval)
 
     def step_zero(self, name: str, split: str) -> str | None:
         """Step-0 value of a metric for people, with its split if that is not `split`; None if it was not measured."""
@@ -71,7 +74,7 @@ class RunSummary(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
-        self._recalled = stage == "fit"
+        self._recalled = stage == "fit" or self._fitted is not None
         self._first_step = None
 
     def _recall(self, trainer: Trainer) -> None:
@@ -127,8 +130,8 @@ class RunSummary(Callback):
             self._report(trainer, pl_module, "validate", "finished")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report in `test`."""
-        self._report(trainer, pl_module, "test", "finished")
+        """Report in `test`; after `fit` in the same process the test is part of that run's results."""
+        self._report(trainer, pl_module, "fit" if self._fitted else "test", "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report what a run that was stopped or failed has reached; one refused before its first step leaves no file.
@@ -154,7 +157,14 @@ class RunSummary(Callback):
         if folder is None:
             rank_zero_info("RunSummary: no logger, so no run folder; results.json is not written.")
             return
-        path = write_json(self._results(trainer, pl_module, command, status, sentence), folder / "results.json")
+        content = self._results(trainer, pl_module, command, status, sentence)
+        if trainer.state.fn == TrainerFn.TESTING and self._fitted:
+            tested = {name: content[name] for name in ("verdict", "metrics", "finished_at")}
+            losses = {**self._fitted["losses"], **content["losses"]}
+            content = {**self._fitted, **tested, "losses": losses, "tested_checkpoint": str(trainer.ckpt_path or "")}
+        elif command == "fit":
+            self._fitted = content
+        path = write_json(content, folder / "results.json")
         rank_zero_info(f"results: {path}")
 
     def _print(self, trainer: Trainer, sentence: str, status: str) -> None:
@@ -170,7 +180,7 @@ class RunSummary(Callback):
                 table.add_row(
                     name,
                     record.step_0_text(),
-                    format_value(record.last),
+                    format_value(record.last) + interval_text(record),
                     str(record.last_step),
                     f"{rival[0]} {format_value(rival[1])}" if rival else "",
                 )

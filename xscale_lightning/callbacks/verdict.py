@@ -24,6 +24,8 @@ class Record:
     """What simple methods reach on the same data."""
     error: float = 0.0
     """Standard error of the newest value; 0 if it is not known."""
+    interval: list[float] | None = None
+    """95 % interval of the newest value; None if it is not known."""
 
     def best_baseline(self) -> tuple[str, float] | None:
         """Name and value of the strongest base line (all of ours are better when higher)."""
@@ -44,6 +46,11 @@ def format_value(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def interval_text(record: Record) -> str:
+    """` [low, high]` of the newest value; "" if it is not known."""
+    return f" [{format_value(record.interval[0])}, {format_value(record.interval[1])}]" if record.interval else ""
+
+
 def is_knn(name: str) -> bool:
     """Whether a metric tells by itself whether neighbours share labels.
 
@@ -51,6 +58,11 @@ def is_knn(name: str) -> bool:
     """
     scaled = re.fullmatch(r"knn/.+/(scale_[^/]+|mean_over_scales)/[^/]+", name)
     return name.startswith("knn/") and name.endswith(("/top1", "/map_micro")) and not scaled
+
+
+def is_task_score(name: str) -> bool:
+    """Whether a metric is the headline of a fine-tuning task on a split."""
+    return re.fullmatch(r"(val|test)/(top1|map_micro|miou|f1)", name) is not None
 
 
 def verdict(records: Mapping[str, Record]) -> str:
@@ -61,6 +73,8 @@ def verdict(records: Mapping[str, Record]) -> str:
             findings.append(_reconstruction(record))
         elif is_knn(name):
             findings.append(_knn(name, record))
+        elif is_task_score(name):
+            findings.append(_task(name, record))
     if not findings:
         return (
             "Nothing here measures whether it learned: give OnlineKNN.data labelled data, or use a method that "
@@ -87,6 +101,16 @@ def _reconstruction(record: Record) -> tuple[bool, str]:
         return better, f"{text} {'is above' if better else 'is not above'} its step-0 value ({zero})"
     better = record.last > rival[1]
     return better, f"{text} {'beats' if better else 'does not beat'} {rival[0]} {rival[1]:.1f} dB (step 0: {zero})"
+
+
+def _task(name: str, record: Record) -> tuple[bool, str]:
+    """Better or not than an answer that does not look at the images."""
+    text = f"{name} {record.last:.3f}{interval_text(record)}"
+    rival = record.best_baseline()
+    if rival is None:
+        return False, f"{text} has nothing to compare with"
+    better = (record.interval[0] if record.interval else record.last) > rival[1]
+    return better, f"{text} {'beats' if better else 'does not beat'} {rival[0]} {rival[1]:.3f}"
 
 
 def _knn(name: str, record: Record) -> tuple[bool | None, str]:

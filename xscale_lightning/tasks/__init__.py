@@ -1,0 +1,1 @@
+"""Downstream tasks: an encoder with a head, trained on labels. One file per task."""
