@@ -43,15 +43,21 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
         task = bar.add_task("windows", total=sum(len(t.rows) * len(t.cols) for t in tilings))
         for number, (image, tiling) in enumerate(zip(images, tilings, strict=True)):
             for row in tiling.rows:
-                name = f"scene{number}_row{row}"
+                name = _name(number, row)
                 if name not in journal:
                     journal.save(name, embed_row(args, model, image, tiling, row))
                 bar.advance(task, len(tiling.cols))
+    if not any(len(journal.load(name)[COL]) for name in _names(tilings)):
+        journal.remove()
+        raise UserError("no patch has enough pixels with data; lower --min-valid or check --nodata.")
     written = []
     if args.output:
         rows = write_table(args, model, images, tilings, journal)
         written.append(f"{args.output} ({rows} windows)")
     for number, path in enumerate(maps):
+        if not any(len(journal.load(_name(number, row))[COL]) for row in tilings[number].rows):
+            print(f"{images[number].path}: no patch has enough pixels with data, so it gets no map.")
+            continue
         bands = write_map(
             args, images[number], tilings[number], path, partial(_strips, journal, number, tilings[number])
         )
@@ -59,6 +65,14 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
         written.append(f"{path} ({bands} bands, {height} x {width} patches)")
     journal.remove()
     print("wrote " + "\n      ".join(written))
+
+
+def _name(scene: int, row: int) -> str:
+    return f"scene{scene}_row{row}"
+
+
+def _names(tilings: list[Tiling]) -> Iterator[str]:
+    return (_name(number, row) for number, tiling in enumerate(tilings) for row in tiling.rows)
 
 
 def tile(args: argparse.Namespace, model: Pretrained, image: OpenImage) -> Tiling:
@@ -168,7 +182,7 @@ def write_table(
     vectors, footprints = [], []
     for number, (image, tiling) in enumerate(zip(images, tilings, strict=True)):
         for row in tiling.rows:
-            part = journal.load(f"scene{number}_row{row}")
+            part = journal.load(_name(number, row))
             count = len(part[COL])
             vectors.append(part[EMBEDDING])
             same = {"file": image.path, "size": tiling.size, "gsd": image.grid.gsd}
@@ -179,8 +193,6 @@ def write_table(
             if crs and image.crs:
                 footprints += [_footprint(image, tiling.size, row, col, crs) for col in part[COL].tolist()]
     table = np.concatenate(vectors)
-    if not len(table):
-        raise UserError("no window has enough pixels with data; lower --min-valid or check --nodata.")
     about = {"checkpoint": str(args.checkpoint), "method": model.origin.method, "bands": list(model.bands.names)}
     write_parquet(args.output, table, columns, footprints if crs else None, crs, about)
     return len(table)
@@ -202,10 +214,8 @@ def _footprint(image: OpenImage, size: int, row: int, col: int, crs: str) -> byt
 
 def _strips(journal: Journal, number: int, tiling: Tiling) -> Iterator[tuple[int, np.ndarray]]:
     """The map's rows, from the parts of one scene."""
-    names = [f"scene{number}_row{row}" for row in tiling.rows]
-    shape = next((part["total"].shape for part in map(journal.load, names) if "total" in part), None)
-    if shape is None:
-        raise UserError("no patch has enough pixels with data; lower --min-valid or check --nodata.")
+    names = [_name(number, row) for row in tiling.rows]
+    shape = next(part["total"].shape for part in map(journal.load, names) if "total" in part)
 
     def strips() -> Iterator[Strip]:
         for row, name in zip(tiling.rows, names, strict=True):
