@@ -145,7 +145,8 @@ class CLI(LightningCLI):
         if data.dataset("test") is None:
             return
         monitored = any(isinstance(c, ModelCheckpoint) and c.best_model_path for c in trainer.checkpoint_callbacks)
-        trainer.test(self.model, datamodule=data, ckpt_path="best" if monitored else None, weights_only=True)
+        path = "best" if monitored else None
+        trainer.test(self.model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Open checkpoints without running code, unless the user says otherwise."""
@@ -201,7 +202,8 @@ def prepare(argv: list[str]) -> list[str]:
     """Make the process ready for the command line `argv` (verb first) and return it with announced names resolved."""
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*smaller than the logging interval.*")
+    for text in ("LeafSpec", "smaller than the logging interval", "overridden `on_before_batch_transfer`"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
     import_methods()
     return resolve_method_names(argv)
 
