@@ -185,7 +185,8 @@ def timm_config(source: Pretrained, side: int, foreign: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {"in_chans": chans, "global_pool": pool, "fc_norm": False}
     if isinstance(encoder, TimmViT):
         architecture = config.name.removeprefix("timm:")
-        arguments["dynamic_img_size"] = True
+        # The size its table is made for, which an architecture's default need not be; other sizes resample it.
+        arguments |= {"img_size": list(encoder.model.patch_embed.img_size), "dynamic_img_size": True}  # type: ignore
     else:
         architecture = config.name
         if not foreign and isinstance(encoder, ViT):

@@ -119,14 +119,12 @@ def open_source(source: str | Path, chans: int | None, reader: str | None) -> So
 
 def _is_ours(path: Path) -> bool:
     """Whether a file is a checkpoint of this package; damaged ones are told of by the reader that comes next."""
-    if path.suffix == ".ckpt":
-        return True
     if path.suffix == ".safetensors":
         return False
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises many types for damaged files and older formats
-        return False
+        return path.suffix == ".ckpt"
     return isinstance(content, dict) and "xscale" in content
 
 

@@ -40,6 +40,8 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     split, dataset = choose_split(data, args.split)
     per_part = max(1, GROUP // args.batch_size)
     batches = len(data.probe_dataloader(split))
+    if not batches:
+        raise UserError(f"--data: the {split} split of {data.name} is empty; choose another with --split.")
     job = {
         "checkpoint": weights_hash(args.checkpoint),
         "data": description,
@@ -62,8 +64,6 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
             journal.save(name, _join(parts))
     table = _join([journal.load(name) for name in names])
     rows = len(table["embedding"])
-    if not rows:
-        raise UserError(f"--data: the {split} split of {data.name} is empty; choose another with --split.")
     vectors = table.pop("embedding")
     crs, footprints = _footprints(args, dataset, table)
     files = table.pop("file", None)
@@ -102,9 +102,12 @@ def open_data(args: argparse.Namespace) -> tuple[XScaleDataModule, str]:
     parser = Parser()
     parser.add_subclass_arguments(train.XScaleDataModule, "data", required=True)
     config = parser.parse_args(["--data", given, *args.data_options])
+    described = config.data.as_dict()
+    for name in ("batch_size", "num_workers"):  # they decide nothing but the speed, or are said elsewhere
+        described["init_args"].pop(name, None)
     config.data.init_args.batch_size = args.batch_size
-    description = json.dumps(config.data.as_dict(), default=str, sort_keys=True)
-    return parser.instantiate_classes(config).data, description
+    description = json.dumps(described, default=str, sort_keys=True)
+    return parser.instantiate(config).data, description
 
 
 def choose_split(data: XScaleDataModule, wanted: str | None) -> tuple[Split, Any]:
@@ -150,7 +153,7 @@ def embed_batch(model: Pretrained, batch: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {"embedding": 0})}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _footprints(args: argparse.Namespace, dataset: Any, table: dict[str, np.ndarray]) -> tuple[str | None, Any]:

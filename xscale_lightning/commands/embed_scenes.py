@@ -19,6 +19,7 @@ from xscale_lightning.data.image_window import OpenImage, open_image
 from xscale_lightning.data.scene_windows import Strip, Tiling, merge, read_rows
 from xscale_lightning.data.tables import polygon, write_parquet
 from xscale_lightning.errors import UserError
+from xscale_lightning.methods.checks import check_statistics
 from xscale_lightning.pretrained import Pretrained
 
 UNKNOWN_SIZE = 128  # windows of models that do not say what they were trained on
@@ -35,6 +36,7 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     images = [open_image(path, model.bands, args.file_bands, args.gsd) for path in args.sources]
     tilings = [tile(args, model, image) for image in images]
     maps = map_paths(args, images)
+    args.looked = False
     journal = Journal(parts_folder(args), _job(args, model, images, tilings), args.restart)
     for image in images:
         if image.note:
@@ -126,6 +128,15 @@ def _job(args: argparse.Namespace, model: Pretrained, images: list[OpenImage], t
     }
 
 
+def look_at(model: Pretrained, windows: Tensor) -> None:
+    """Say it if the values of the first windows cannot belong to the statistics of the encoder's bands."""
+    if model.scaling == "standardize":
+        try:
+            check_statistics(model.normalise(windows), windows, model.bands)
+        except UserError as error:  # a note, because a first row may be all water or cloud
+            print("note: " + str(error).split("\n")[0] + "\nIf not cloud or water, the scene has another unit.")
+
+
 def embed_row(
     args: argparse.Namespace, model: Pretrained, image: OpenImage, tiling: Tiling, row: int
 ) -> dict[str, np.ndarray]:
@@ -140,6 +151,9 @@ def embed_row(
         if not some.any():
             continue
         windows = torch.from_numpy(pixels[some]).to(device)
+        if not args.looked:
+            args.looked = True
+            look_at(model, windows)
         vectors, features = encode(model, windows, torch.from_numpy(valid[some]).to(device), image.grid.gsd)
         places = np.asarray(cols)[some]
         found[ROW] += [row] * len(places)

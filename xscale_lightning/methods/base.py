@@ -196,14 +196,20 @@ class SSLModule(ScheduledModule):
         """Refuse data that the model cannot take, before the first batch."""
         self.check_attention(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
-        if stage == "fit" and not self.trainer.ckpt_path:
-            self.initialise()
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run that is resumed has its weights."""
+        self._start = (None, False)
+
+    def on_fit_start(self) -> None:
+        """Start from the weights of `init_from`, unless the run is resumed."""
+        self.initialise()
+
     def initialise(self) -> None:
-        """Take the weights of `init_from`, if it is given; once, before the first step, and not in a resumed run.
+        """Take the weights of `init_from`, if it is given; only once.
 
         Raises:
             UserError: no such weights, of other bands, or that do not fit.
