@@ -164,7 +164,7 @@ def test_a_run_folder_means_its_last_checkpoint_and_the_card_has_its_numbers(tmp
     (run / "checkpoints").mkdir(parents=True)
     save(MAE(bands=BANDS, backbone=SMALL, **SIZES), run / "checkpoints" / "last.ckpt")
     (run / "results.json").write_text(json.dumps({"knn": {"top1": 0.875}, "note": "x"}))
-    (run / "config.yaml").write_text("data:\n  class_path: a.SceneFolder\n  init_args: {root: /home/me/secret}\n")
+    (run / "config.yaml").write_text("data:\n  class_path: a.SceneFolder\n  init_args: {root: secret/folder}\n")
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| knn/top1 | 0.875 |" in card and "SceneFolder" in card and "secret" not in card

@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
         if args.image_size < 1 or args.image_size % patch:
             raise UserError(f"--image-size {args.image_size} is no multiple of the patch of {patch} pixels; give one.")
         source.origin = replace(source.origin, image_size=args.image_size)
+    encoder = source.encoder
     facts = run_facts(path)
+    facts["encoder"] = f"{type(encoder).__name__} of {encoder.depth} blocks, patches of {encoder.patch_size} pixels"
     config = write_export(source, out, lambda config: model_card(config, source.bands, facts), args.overwrite)
     own = config["xscale"]
     print(f"wrote {out}: encoder of {own['method']}, {len(source.bands)} bands ({', '.join(source.bands.names)})")
@@ -77,7 +79,6 @@ def run_facts(path: Path) -> dict[str, Any]:
         "class_path": saved["class_path"],
         "paper": _first_line(saved["class_path"].rpartition(".")[0]),
         "steps": checkpoint.get("global_step"),
-        "epochs": checkpoint.get("epoch"),
         "sha256": digest,
     }
     for folder in (path.parent, path.parent.parent):

@@ -31,7 +31,8 @@ def model_card(config: Mapping[str, Any], bands: Bands, facts: Mapping[str, Any]
         f"# Encoder pretrained with {own['method']}",
         "",
         f"- **Method**: `{facts.get('class_path', own['method'])}`. {facts.get('paper', '')}".rstrip(),
-        f"- **Encoder**: `{own['backbone']['name']}`, {config['num_features']} features, pooled by `{own['pool']}`",
+        f"- **Encoder**: {facts.get('encoder', own['backbone']['name'])}, {config['num_features']} features, pooled by "
+        f"`{own['pool']}`",
         f"- **Bands**: {len(bands)} of sensor `{bands.sensor}`, unit: {bands.unit}",
         f"- **Scaling**: {SCALING[own['scaling']]}",
     ]
@@ -42,7 +43,7 @@ def model_card(config: Mapping[str, Any], bands: Bands, facts: Mapping[str, Any]
     if own["gsd"]:
         lines.append(f"- **Ground sample distance**: {own['gsd']:g} m per pixel (finest band)")
     if facts.get("steps") is not None:
-        lines.append(f"- **Training**: {facts['steps']} steps, {facts.get('epochs', 0)} epochs begun")
+        lines.append(f"- **Training**: {facts['steps']} steps")
     lines += [
         f"- **Checkpoint**: SHA-256 `{facts.get('sha256', '')}`",
         f"- **Written by**: xscale_lightning {own['version']}",
