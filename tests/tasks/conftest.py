@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ RUN = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_pro
 class Shapes(Dataset):
     """Images whose mean says their class; masks, labels and second dates follow from it."""
 
-    def __init__(self, kind: str, length: int, classes: int, wrong: str = "") -> None:
-        self.kind, self.length, self.classes, self.wrong = kind, length, classes, wrong
+    def __init__(self, kind: str, length: int, classes: int, wrong: str = "", bands: int = 2) -> None:
+        self.kind, self.length, self.classes, self.wrong, self.bands = kind, length, classes, wrong, bands
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        noise = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(index)) * 0.1
+        noise = torch.randn(self.bands, 16, 16, generator=torch.Generator().manual_seed(index)) * 0.1
         label = index % self.classes
         sample: dict[str, Any] = {"image": noise + label, "gsd": torch.tensor(10.0)}
         if self.kind == "class":
@@ -49,8 +50,17 @@ class Shapes(Dataset):
 class ShapeData(XScaleDataModule):
     """`Shapes` for the command line."""
 
-    def __init__(self, kind: str = "class", classes: int = 2, length: int = 32, wrong: str = "") -> None:
-        super().__init__(BandSelection(sensor="generic", names=["a", "b"]), 8, 0)
+    def __init__(
+        self,
+        kind: str = "class",
+        classes: int = 2,
+        length: int = 32,
+        wrong: str = "",
+        sensor: str = "generic",
+        batch_size: int = 8,
+    ) -> None:
+        names = ["a", "b"] if sensor == "generic" else None
+        super().__init__(BandSelection(sensor=sensor, names=names), batch_size, 0)
         self.kind, self.length, self.wrong, self.classes = kind, length, wrong, classes
         self.name, self.image_size = "shapes", (16, 16)
         dense = kind in ("mask", "change")
@@ -61,7 +71,7 @@ class ShapeData(XScaleDataModule):
     def build_dataset(self, split: str) -> Shapes:
         """Splits of one rule; training may lack the last class."""
         seen = self.classes - (self.wrong == "missing" and split == "train")
-        return Shapes(self.kind, self.length, seen, self.wrong)
+        return Shapes(self.kind, self.length, seen, self.wrong, len(self.bands))
 
 
 @pytest.fixture
@@ -71,10 +81,14 @@ def fit(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
-    def run(task: str, kind: str, *options: str, output: str = "runs") -> tuple[Path, dict[str, Any]]:
+    def run(
+        task: str, kind: str, *options: str, before: Sequence[str] = (), output: str = "runs"
+    ) -> tuple[Path, dict[str, Any]]:
+        """`before` holds configurations; without any, the task is given on the command line."""
         data = [f"--data={__name__}.ShapeData", f"--data.kind={kind}"]
         folder = tmp_path / output
-        arguments = [f"--model={task}", *data, *ENCODER, *RUN, "--output", str(folder)]
+        first = before or [f"--model={task}", *ENCODER]
+        arguments = [*first, *data, *RUN, "--output", str(folder)]
         assert cli.main(["fit", *arguments, *options, "--debug"]) == 0
         (made,) = folder.glob("*/*")
         return made, json.loads((made / "results.json").read_text())

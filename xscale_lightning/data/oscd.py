@@ -41,7 +41,9 @@ class OSCDData(ChangeData):
         Raises:
             UserError: naming the argument that does not fit.
         """
-        super().__init__(bands, **{"name": "oscd", "gsd": 10.0, **kwargs})
+        super().__init__(bands, **kwargs)
+        self.name = kwargs.get("name") or "oscd"
+        self.gsd = self._given_gsd = kwargs.get("gsd") or 10.0
         if validation < 0:
             raise UserError(f"data.validation: {validation} is not possible; give 0 or more cities.")
         self._root, self._validation, self.downloads = root, validation, download
@@ -69,7 +71,7 @@ class OSCDData(ChangeData):
             cities = sorted((str(entry["region"]), index) for index, entry in enumerate(source.files))
             for city, index in cities:
                 self._cities[city] = split
-                openers[city] = partial(read_oscd, source, index, city, self._given_gsd or 10.0)
+                openers[city] = partial(read_oscd, source, index, city, self._given_gsd)
         return openers
 
     def scenes_of_splits(self, names: Sequence[str]) -> SceneSplit | None:

@@ -89,6 +89,11 @@ class LinearDecoder(nn.Module):
         return self.layer(maps[-1])
 
 
+def group_norm(width: int) -> nn.GroupNorm:
+    """GroupNorm of at most 32 groups, each of at least 8 channels: a pooled map of one pixel has something to norm."""
+    return nn.GroupNorm(min(GROUPS, width // 8), width)
+
+
 class Pyramid(nn.Module):
     """Maps of one size from four depths `[B, dim, h, w]` as four sizes `[B, width, f h, f w]`, f = 8, 4, 2, 1.
 
@@ -101,7 +106,7 @@ class Pyramid(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(dim, width, 1, bias=False),
-                nn.GroupNorm(GROUPS, width),
+                group_norm(width),
                 nn.GELU(),
                 nn.ConvTranspose2d(width, width, factor, factor) if factor > 1 else nn.Identity(),
             )
@@ -115,9 +120,7 @@ class Pyramid(nn.Module):
 
 def convolution(dim: int, width: int, kernel: int) -> nn.Sequential:
     """Convolution, GroupNorm, GELU: batches of one image train as well."""
-    return nn.Sequential(
-        nn.Conv2d(dim, width, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(GROUPS, width), nn.GELU()
-    )
+    return nn.Sequential(nn.Conv2d(dim, width, kernel, padding=kernel // 2, bias=False), group_norm(width), nn.GELU())
 
 
 class UPerNet(nn.Module):
