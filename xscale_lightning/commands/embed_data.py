@@ -172,11 +172,12 @@ def _footprints(args: argparse.Namespace, dataset: Any, table: dict[str, np.ndar
         boxes = _file_boxes(table["file"].tolist())
     else:
         return None, None
-    known = {crs for *_, crs in boxes}
-    if not known or None in known:
+    placed = [(left, top, right, bottom, crs) for left, top, right, bottom, crs in boxes if crs is not None]
+    known = {crs for *_, crs in placed}
+    if not known or len(placed) < len(boxes):
         return None, None
-    crs = args.crs or (known.pop() if len(known) == 1 else "EPSG:4326")
-    return crs, [polygon(left, top, right, bottom, own, crs) for left, top, right, bottom, own in boxes]
+    crs: str = args.crs or (known.pop() if len(known) == 1 else "EPSG:4326")
+    return crs, [polygon(left, top, right, bottom, own, crs) for left, top, right, bottom, own in placed]
 
 
 def _file_boxes(files: list[str]) -> list[tuple[float, float, float, float, str | None]]:

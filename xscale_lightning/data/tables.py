@@ -59,7 +59,9 @@ def write_parquet(
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
         return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
-    arrays = {name: as_list(v) if getattr(v, "ndim", 1) == 2 else pa.array(v) for name, v in columns.items()}
+    arrays = {
+        name: as_list(v) if isinstance(v, np.ndarray) and v.ndim == 2 else pa.array(v) for name, v in columns.items()
+    }
     arrays["embedding"] = as_list(embeddings)
     extra = {b"xscale": json.dumps(dict(metadata or {})).encode()}
     if footprints is not None:
@@ -123,10 +125,11 @@ def check_crs(text: str, argument: str) -> str:
         UserError: it is none.
     """
     import pyproj
+    from pyproj.exceptions import CRSError
 
     try:
         found = pyproj.CRS.from_user_input(text)
-    except pyproj.exceptions.CRSError:
+    except CRSError:
         raise UserError(
             f"{argument} '{text}' is no coordinate reference system; give EPSG:4326, for example."
         ) from None
