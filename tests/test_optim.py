@@ -6,7 +6,7 @@ from xscale_lightning.data.bands import generic
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_adamw, parameter_groups
+from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_adamw, build_optimizer, parameter_groups
 from xscale_lightning.schedules import cosine
 
 
@@ -139,3 +139,26 @@ def test_parameters_named_by_a_method_are_not_decayed(mae):
     for name in ("backbone.patch_embed.proj.weight", "decoder.embed.weight", "decoder.mask_token"):
         assert not settings[name][0]
     assert settings["decoder.pred.weight"][0]
+
+
+def test_a_decay_per_epoch_takes_the_cosines_place():
+    plan = Plan(100, 4, 1.0, OptimizerConfig(epoch_decay=0.5, min_lr=0.1), steps_per_epoch=10)
+    assert [plan.lr(step) for step in (2, 4, 13, 14, 24, 99)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.25, 0.1])
+    with pytest.raises(UserError, match=r"optimizer\.epoch_decay must be in \(0, 1\], got 0"):
+        OptimizerConfig(epoch_decay=0.0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "Lars")])
+def test_kinds_of_optimizers_take_the_plan(kind, name):
+    layer = nn.Linear(2, 1)
+    config = OptimizerConfig(kind=kind, beta1=0.8, weight_decay=0.1)
+    optimizer = build_optimizer(parameter_groups(layer), config)
+    assert type(optimizer).__name__ == name
+    apply_plan(optimizer, Plan(10, 0, 0.5, config), step=0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
+    assert kind == "adamw" or optimizer.param_groups[0]["momentum"] == 0.8
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight)

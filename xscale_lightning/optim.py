@@ -140,7 +140,7 @@ def build_optimizer(groups: Iterable[dict], config: OptimizerConfig) -> Optimize
         return SGD(_without_names(groups), lr=config.lr, momentum=config.beta1)
     from timm.optim import Lars
 
-    return Lars(_without_names(groups), lr=config.lr, momentum=config.beta1)
+    return Lars(_without_names(groups), lr=config.lr, momentum=config.beta1)  # type: ignore[arg-type]
 
 
 def build_adamw(groups: Iterable[dict], config: OptimizerConfig) -> AdamW:

@@ -200,3 +200,20 @@ def test_autocast_does_not_blur():
 def test_impossible_arguments_are_named(argument, value):
     with pytest.raises(UserError, match=f"views.{argument}"):
         Views(**{argument: value})
+
+
+@pytest.mark.parametrize("options", [{"scale": (1.0, 1.0)}, {"scale": (0.2, 1.0)}, {"size": 24, "scale": (0.3, 0.6)}])
+def test_class_maps_follow_their_images(options):
+    torch.manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    masks = (rows // 4 * 4 + columns // 4).expand(32, -1, -1)
+    images = masks.unsqueeze(1).float()
+    views = Views(**options)
+    draw = views.draw(images)
+    shown, _ = views.apply(draw, images, torch.ones(32))
+    maps = views.apply_to_masks(draw, masks)
+    assert maps.dtype == torch.int64 and maps.shape == (32, *shown.shape[-2:])
+    assert maps.unique().numel() <= 16
+    agree = (shown.squeeze(1).round() == maps).float().mean()  # apart from the edges, which the image blurs
+    assert agree == 1.0 if options == {"scale": (1.0, 1.0)} else agree > 0.6
+    assert not torch.equal(maps[:, :16, :16], masks)

@@ -1,5 +1,7 @@
 """Tasks: they learn, start from weights, freeze, come back from checkpoints and refuse nonsense."""
 
+import json
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -173,7 +175,6 @@ LONG = ["--trainer.max_epochs=1"]
         ("Classification", "class", ["--model.init_from=nowhere.ckpt"], "'nowhere.ckpt' does not exist"),
         ("Segmentation", "mask", ["--data.wrong=range"], "a mask has the value 9, and there are 2 classes"),
         ("Segmentation", "mask", ["--data.wrong=size"], r"masks of shape \(8, 8, 16\) do not fit images of 16 x 16"),
-        ("Segmentation", "mask", ["--data.wrong=ignored"], "every (pixel|label) of .* is ignored"),
         ("Segmentation", "mask", ["--model.decoder=fpn", "--model.decoder_dim=33"], "must be a multiple of 32, got 33"),
         ("ChangeDetection", "mask", [], r"needs batch\['image2'\]"),
         ("ChangeDetection", "change", ["--data.classes=3"], "knows two classes"),
@@ -183,6 +184,15 @@ def test_wrong_input_is_named(fit, tmp_path, task, kind, options, message):
     with pytest.raises(Exception, match=message):
         fit(task, kind, *LONG, *options)
     assert not list(tmp_path.rglob("results.json"))
+
+
+@pytest.mark.slow
+def test_a_split_of_ignored_pixels_is_told(fit, tmp_path):
+    with pytest.raises(Exception, match="every pixel of this split is ignored"):
+        fit("Segmentation", "mask", *LONG, "--data.wrong=ignored")
+    assert json.loads(next(tmp_path.rglob("results.json")).read_text())["status"] == "failed"
+    with pytest.raises(Exception, match="every label of the training split is ignored"):
+        fit("Segmentation", "mask", *LONG, "--data.wrong=ignored", "--trainer.limit_val_batches=0", output="more")
 
 
 @pytest.mark.slow

@@ -102,8 +102,9 @@ def _read_image(path: Path, taken: list[int] | None, delivered: int) -> tuple[np
     try:
         with rasterio.open(path) as source:
             pixels, crs = source.read(), source.crs
-            projected = crs is not None and crs.is_projected
-            gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1] if projected else None
+            gsd = None
+            if crs is not None and crs.is_projected:
+                gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1]
     except RasterioIOError as error:
         raise UserError(f"data: '{path}' is not readable ({error}).") from error
     if len(pixels) != delivered:
