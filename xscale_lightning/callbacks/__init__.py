@@ -1,5 +1,6 @@
 """Callbacks that show whether a run learns, without touching its loss, its optimizer or its random numbers."""
 
+from xscale_lightning.callbacks.affinity import AffinityPictures
 from xscale_lightning.callbacks.geometry import FeatureGeometry
 from xscale_lightning.callbacks.knn import OnlineKNN
 from xscale_lightning.callbacks.pictures import ReconstructionPictures
@@ -9,6 +10,7 @@ from xscale_lightning.callbacks.summary import RunSummary
 from xscale_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "AffinityPictures",
     "FeatureGeometry",
     "Measurement",
     "OnlineKNN",

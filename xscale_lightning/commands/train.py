@@ -22,6 +22,7 @@ import xscale_lightning.data.synthetic
 import xscale_lightning.data.torchgeo  # noqa: F401 (the class names of these become short names)
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
+    AffinityPictures,
     FeatureGeometry,
     OnlineKNN,
     ProgressBar,
@@ -43,6 +44,7 @@ CALLBACKS = {
     "knn": OnlineKNN,
     "geometry": FeatureGeometry,
     "pictures": ReconstructionPictures,
+    "affinity": AffinityPictures,
     "throughput": Throughput,
     "embeddings": EmbeddingWriter,
     "summary": RunSummary,
