@@ -59,8 +59,13 @@ def test_figures_and_pictures_at_the_start_and_the_end(tmp_path, source):
     assert first.shape == last.shape and not np.array_equal(first, last)
 
 
-def test_silent_where_there_is_no_teacher(tmp_path):
+def test_the_host_alone_is_measured_on_real_pairs_too(tmp_path):
     trainer, _ = run(tmp_path, source="mr")
+    assert float(trainer.callback_metrics["affinity/gram"]) > 0 and "val/affinity_gram" not in trainer.callback_metrics
+
+
+def test_silent_where_there_is_no_teacher_or_no_hr(tmp_path):
+    trainer, _ = run(tmp_path, source="mr", ratio=3)  # the pairs have another
     assert not any(name.startswith("affinity/") for name in trainer.callback_metrics)
     assert not (tmp_path / "runs" / "a" / "pictures").exists()
 

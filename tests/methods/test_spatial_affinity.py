@@ -307,7 +307,7 @@ def test_each_sensor_has_its_own_statistics():
     torch.testing.assert_close(module.prepare({**batch, "image_hr": unit * std + mean})["image_hr"], wanted)
     for bands, message in (
         (generic(4), "data.bands are 3 .*and data.bands_hr 4"),
-        (Data.bands_hr.with_wavelengths([0.66, 0.56, 0.49]), "b1 .0.49 um. stands beside"),
+        (Data.bands_hr.with_wavelengths([0.66, 0.56, 0.49]), "band1 .0.49 um. stands beside band1 .0.66 um."),
     ):
         Data.bands_hr = bands
         module.bands = generic(3).with_wavelengths([0.49, 0.56, 0.66])
@@ -348,8 +348,8 @@ def test_maps_are_those_of_the_student_on_mr_and_the_teacher_on_hr():
     ("options", "message"),
     [
         ({"name": "mae", "teacher": "host"}, "MAE has no EMA that could teach: set teacher to own"),
-        ({"host_args": {"backbone": {}}}, "host_args has backbone"),
-        ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa'"),
+        ({"host_args": {"backbone": {}}}, "host_args has backbone.*give model.backbone"),
+        ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa': there is no argument 'mask_rato'"),
         ({"ratio": 0}, "ratio must be"),
         ({"weight": -1.0}, "weight must not be negative"),
     ],

@@ -23,6 +23,7 @@ from xscale_lightning.evaluation.affinity_figure import AffinityRow, affinity_fi
 from xscale_lightning.evaluation.geometry import effective_rank
 from xscale_lightning.evaluation.pictures import composite
 from xscale_lightning.losses import affinity_gram, off_diagonal_affinity
+from xscale_lightning.methods.affinity_pairs import pair_fits
 from xscale_lightning.methods.spatial_affinity import SpatialAffinity
 
 MAX_TOKENS = 4096  # that the rank is computed of
@@ -35,7 +36,8 @@ class AffinityPictures(ProbeCallback):
     Logs over held-out pairs of which nothing is hidden `affinity/gram` (error of the Gram matrices),
     `affinity/student` and `affinity/teacher` (mean cosine of different patches of an image; near 1 where all are
     equal), `affinity/rank_student` and `affinity/rank_teacher` (effective rank of the tokens of all images; they
-    collapse where it nears 1). Other methods, and sources without a teacher, are passed over.
+    collapse where it nears 1). All of them are of real HR where the data have it, whatever the source of training; runs
+    without an affinity loss have them where the host has an EMA. Other methods are passed over.
 
     Args:
         num_pairs: rows of the picture.
@@ -57,7 +59,7 @@ class AffinityPictures(ProbeCallback):
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> Measurement | None:
         """Encode, score and draw, batch by batch."""
         loader = held_out_loader(trainer)
-        if loader is None or not (isinstance(pl_module, SpatialAffinity) and pl_module.compares):
+        if loader is None or not isinstance(pl_module, SpatialAffinity):
             return None
         rows: list[AffinityRow] = []
         found: dict[str, list[Tensor]] = {}
@@ -66,7 +68,10 @@ class AffinityPictures(ProbeCallback):
         for raw in sample_batches(loader, max(self.num_pairs, self.num_score_pairs), self.seed):
             batch = to_device(trainer, pl_module, raw)
             with trainer.precision_plugin.forward_context():
-                student, teacher = pl_module.affinity_maps(batch)  # [B, D, h, w], [B, D', r * h, r * w]
+                encoded = pl_module.affinity_maps(batch)
+            if encoded is None:
+                return None
+            student, teacher = encoded  # [B, D, h, w], [B, D', r * h, r * w]
             pooled = F.avg_pool2d(teacher, pl_module.ratio)
             sides = {"student": student.flatten(2).mT, "teacher": pooled.flatten(2).mT}  # [B, N, D]
             gram = torch.stack([affinity_gram(s[None], t[None]) for s, t in zip(*sides.values(), strict=True)])
@@ -82,7 +87,7 @@ class AffinityPictures(ProbeCallback):
         if not rows:
             return None
         if trainer.is_global_zero and run_folder(trainer) is not None:
-            title = f"{pl_module.method_name}, step {current_step(trainer)}"
+            title = f"{pl_module.method_name}, source {pl_module.source}, step {current_step(trainer)}"
             publish_picture(trainer, affinity_figure(rows, title), "affinity", prefix="affinity_")
         metrics = {name: float(torch.cat(values).mean()) for name, values in found.items()}
         for name, values in tokens.items():
@@ -93,7 +98,9 @@ class AffinityPictures(ProbeCallback):
 
 def _pictures(method: SpatialAffinity, batch: dict[str, Any], i: int) -> tuple[Tensor, Tensor]:
     """MR and HR of pair `i` in natural colours, each in its own stretch: their sensors may differ."""
-    prepared = batch if method.source == "pair" else method.prepare(batch)  # the enlarged image is made there
-    shown = ((prepared["image"], method.bands), (prepared["image_hr"], method.bands_hr))
-    coarse, fine = (composite(images[i : i + 1].float().cpu(), bands.rgb)[0] for images, bands in shown)
-    return coarse, fine
+    image = batch["image"][i : i + 1].float().cpu()
+    if pair_fits(batch, method.ratio):
+        finer, bands = batch["image_hr"][i : i + 1].float().cpu(), method.bands_hr
+    else:
+        finer, bands = F.interpolate(image, scale_factor=method.ratio, mode="bilinear"), method.bands
+    return composite(image, method.bands.rgb)[0], composite(finer, bands.rgb)[0]

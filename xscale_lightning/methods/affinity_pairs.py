@@ -66,13 +66,19 @@ def check_pair(batch: Batch, ratio: int, source: str) -> None:
         raise UserError(
             f"image has {coarse.shape[1]} bands and image_hr {fine.shape[1]}: choose the same bands for both."
         )
-    (h, w), (fine_h, fine_w) = (tuple(x.shape[-2:]) for x in (coarse, fine))
-    if (fine_h, fine_w) != (h * ratio, w * ratio):
+    if not pair_fits(batch, ratio):
+        (h, w), (fine_h, fine_w) = (tuple(x.shape[-2:]) for x in (coarse, fine))
         whole = fine_h % h == 0 and fine_w % w == 0 and fine_h // h == fine_w // w
         remedy = f"set model.ratio to {fine_h // h}" if whole else "deliver HR at a whole multiple of the MR size"
         raise UserError(
             f"image_hr of {fine_h} x {fine_w} pixels is not {ratio} times the image of {h} x {w}: {remedy}."
         )
+
+
+def pair_fits(batch: Batch, ratio: int) -> bool:
+    """Whether the batch has an `image_hr` of as many bands as its image and `ratio` times its size."""
+    fine, (bands, height, width) = batch.get("image_hr"), batch["image"].shape[1:]
+    return fine is not None and tuple(fine.shape[1:]) == (bands, ratio * height, ratio * width)
 
 
 def hr_in_units_of_mr(bands: Bands, finer: Bands, like: Tensor) -> tuple[Tensor, Tensor]:

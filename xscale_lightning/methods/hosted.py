@@ -122,12 +122,12 @@ def build_host(name: str, arguments: Mapping[str, Any], shared: Mapping[str, Any
         UserError: no such method, one that needs a host itself, arguments it does not have, or shared ones.
     """
     if twice := sorted(set(arguments) & set(SHARED)):
-        raise UserError(f"host_args has {', '.join(twice)}: give them beside host_args, both use the same.")
+        raise UserError(f"model.host_args has {twice[0]}, which host and wrapper share: give model.{twice[0]} instead.")
     cls = load_class(name)
     if issubclass(cls, HostedMethod):
         raise UserError(f"host {name!r} needs a host itself: name a method such as ijepa or mae.")
     try:
         return checkpoints.build_method(cls, checkpoints.plain({**arguments, **shared}))
     except ArgumentError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"host_args {dict(arguments)} do not fit host {name!r}: {reason}") from error
+        reason = " ".join(str(error).split()).replace("Group 'method' does not accept option", "there is no argument")
+        raise UserError(f"model.host_args do not fit host {name!r}: {reason.replace('method.', '')[:300]}") from error

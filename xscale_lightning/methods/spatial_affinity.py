@@ -32,6 +32,7 @@ from xscale_lightning.methods.affinity_pairs import (
     enlarged,
     hr_alone,
     hr_in_units_of_mr,
+    pair_fits,
     without_hr,
 )
 from xscale_lightning.methods.affinity_parts import (
@@ -126,7 +127,7 @@ class SpatialAffinity(HostedMethod):
         self.ratio, self.source, self.tokens, self.feature = ratio, source, tokens, feature
         self.hr_positions: Literal["native", "aligned"] = hr_positions
         self.kind, self.affinity = loss, LOSSES[loss]
-        self.host.paired = source == "pair"
+        self.host.paired = True  # what it gets has HR for `pair` alone
         self.teacher_name, self._frozen, self.bands_hr = teacher, (), self.bands
         self.register_buffer("gain_hr", torch.ones_like(self.mean), persistent=False)
         self.register_buffer("shift_hr", torch.zeros_like(self.mean), persistent=False)
@@ -175,11 +176,18 @@ class SpatialAffinity(HostedMethod):
         """As the host; with `image_hr` in MR's units and augmented by the same draws, as the source says."""
         if self.source in ("pair", "hr"):
             check_pair(batch, self.ratio, self.source)
-            batch = {**batch, "image_hr": batch["image_hr"].to(self.mean.dtype) * self.gain_hr + self.shift_hr}
         if self.source == "pair":
-            return self.host.prepare(batch, augment)
-        batch = self.host.prepare(hr_alone(batch) if self.source == "hr" else without_hr(batch), augment)
+            return self._prepare_pair(batch, augment)
+        if self.source == "hr":
+            return self.host.prepare(hr_alone(self._in_units_of_mr(batch)), augment)
+        batch = self.host.prepare(without_hr(batch), augment)
         return enlarged(batch, self.ratio) if self.source == "interpolated" else batch
+
+    def _prepare_pair(self, batch: Batch, augment: bool) -> Batch:
+        return self.host.prepare(self._in_units_of_mr(batch), augment)
+
+    def _in_units_of_mr(self, batch: Batch) -> Batch:
+        return {**batch, "image_hr": batch["image_hr"].to(self.mean.dtype) * self.gain_hr + self.shift_hr}
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -233,14 +241,20 @@ class SpatialAffinity(HostedMethod):
                 found.setdefault(f"affinity_{name}", []).append(off_diagonal_affinity(x, lengths))
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
-    def affinity_maps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What is compared, for a raw batch of which nothing is hidden, in evaluation mode and without gradients.
+    def affinity_maps(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """What can be compared in a raw batch of which nothing is hidden, in evaluation mode and without gradients.
+
+        Of real HR wherever the batch has it, whatever the source of training, so that runs can be compared.
 
         Returns:
-            The student's tokens of MR `[B, D, h, w]` and the teacher's of HR `[B, D', r * h, r * w]`, float32.
+            The student's tokens of MR `[B, D, h, w]` and the teacher's of HR `[B, D', r * h, r * w]`, float32; None
+            without an affinity loss where the host has no EMA, or the batch no HR.
         """
+        alone, real = not self.compares, pair_fits(batch, self.ratio)
+        if alone and not (real and self.teacher_name == "host" and self.target_encoder is not None):
+            return None
         with evaluation(self):
-            batch = self.prepare(batch)
+            batch = self._prepare_pair(batch, False) if real else self.prepare(batch)
             images, finer = batch["image"], batch["image_hr"]
             student, teacher = self._part(self.student_encoder), self.teacher(images.device)
             seen = student(images, gsd=batch.get("gsd"))
