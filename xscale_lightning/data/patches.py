@@ -201,14 +201,18 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             return False
         image[...] = pixels
         if mask is not None:
-            every_band = mask.all(axis=0)
-            if 1.0 - every_band.mean() > self.max_nodata:
+            present = self.present(mask)
+            if 1.0 - present.mean() > self.max_nodata:
                 return False
-            if not every_band.all():
+            if not mask.all():
                 np.copyto(image, self.fill[:, None, None], where=~mask)
             if valid is not None:
-                valid[...] = every_band
+                valid[...] = present
         return True
+
+    def present(self, valid: np.ndarray) -> np.ndarray:
+        """Which pixels `[h, w]` count as having data, from the validity `[C, h, w]` of their bands."""
+        return valid.all(axis=0)
 
     def report(self, error: UnreadableFile, scene: int) -> None:
         """Count a patch that could not be read, and name its file once."""
