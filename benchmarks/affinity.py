@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = torch.device(args.device), common.DTYPES[args.dtype]
     size = dataclasses.replace(SIZES[args.size], batch=args.batch) if args.batch else SIZES[args.size]
     if args.peak:  # the fresh process
-        step = Step(*args.peak, size, device, dtype)
+        host, variant = args.peak
+        step = Step(host, variant, size, device, dtype)
         step.step()
         step.step()
         print(common.own_peak_memory())

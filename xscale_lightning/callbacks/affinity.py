@@ -64,9 +64,12 @@ class AffinityPictures(ProbeCallback):
         rows: list[AffinityRow] = []
         found: dict[str, list[Tensor]] = {}
         tokens: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+        gsd: list[float] = []
         patches = torch.Generator().manual_seed(self.seed)
         for raw in sample_batches(loader, max(self.num_pairs, self.num_score_pairs), self.seed):
             batch = to_device(trainer, pl_module, raw)
+            if {"gsd", "gsd_hr"} <= batch.keys():
+                gsd = gsd or [float(batch[name][0]) for name in ("gsd", "gsd_hr")]
             with trainer.precision_plugin.forward_context():
                 encoded = pl_module.affinity_maps(batch)
             if encoded is None:
@@ -88,7 +91,7 @@ class AffinityPictures(ProbeCallback):
             return None
         if trainer.is_global_zero and run_folder(trainer) is not None:
             title = f"{pl_module.method_name}, source {pl_module.source}, step {current_step(trainer)}"
-            publish_picture(trainer, affinity_figure(rows, title), "affinity", prefix="affinity_")
+            publish_picture(trainer, affinity_figure(rows, title, gsd), "affinity", prefix="affinity_")
         metrics = {name: float(torch.cat(values).mean()) for name, values in found.items()}
         for name, values in tokens.items():
             side = torch.cat(values)

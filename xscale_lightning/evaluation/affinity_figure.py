@@ -7,6 +7,7 @@ are. One colour scale for all maps, so that a teacher to whom everything is alik
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -54,12 +55,13 @@ def similarity_maps(student: Tensor, teacher: Tensor, patch: tuple[int, int]) ->
     )
 
 
-def affinity_figure(rows: Sequence[AffinityRow], title: str = "") -> np.ndarray:
+def affinity_figure(rows: Sequence[AffinityRow], title: str = "", gsd: Sequence[float] = ()) -> np.ndarray:
     """Draw the figure.
 
     Args:
         rows: one per pair, all of the same sizes.
         title: first line.
+        gsd: metres per pixel of MR and of HR, where they are known.
 
     Returns:
         `[height, width, 3]` uint8.
@@ -71,8 +73,8 @@ def affinity_figure(rows: Sequence[AffinityRow], title: str = "") -> np.ndarray:
     sheet = Sheet(2 * MARGIN + len(COLUMNS) * (width + GAP) - GAP, top + len(rows) * step + 62 + MARGIN)
     sheet.text(MARGIN, MARGIN, title, size=10, weight="bold")
     lefts = [MARGIN + i * (width + GAP) for i in range(len(COLUMNS))]
-    for left, name in zip(lefts, COLUMNS, strict=True):
-        sheet.text(left + width / 2, top - LINE, name, ha="center")
+    for left, name, metres in zip_longest(lefts, COLUMNS, gsd):
+        sheet.text(left + width / 2, top - LINE, f"{name}, {metres:.3g} m" if metres else name, ha="center")
     for number, row in enumerate(rows):
         y = top + number * step
         colours = [_coloured((values - low) / (1 - low)) for values in row.maps]

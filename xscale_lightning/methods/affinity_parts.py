@@ -34,16 +34,16 @@ def load_teacher(path: str, student: Encoder, records: Sequence[Bands]) -> Encod
         UserError: no such file, other bands, or patches of another size.
     """
     if not Path(path).is_file():
-        raise UserError(f"teacher {path!r} is no file: give host, own or the path of a checkpoint.")
+        raise UserError(f"model.teacher {path!r} is no file: give host, own or the path of a checkpoint.")
     encoder, bands = checkpoints.load_backbone(path)
     differences = [record.difference(bands) for record in records]
     if all(differences):
-        raise UserError(f"teacher {path!r} was trained on other bands: {differences[-1]}.")
+        raise UserError(f"model.teacher {path!r} was trained on other bands: {differences[-1]}.")
     side = math.lcm(encoder.patch_size, student.patch_size)
     theirs, ours = (x.token_grid(side, side) for x in (encoder, student))
     if theirs != ours:
         raise UserError(
-            f"teacher {path!r} has patches of {encoder.patch_size} pixels in {theirs[0]} group(s) of bands and the "
+            f"model.teacher {path!r} has patches of {encoder.patch_size} pixels in {theirs[0]} group(s) of bands and the "
             f"student of {student.patch_size} in {ours[0]}: take a teacher with the student's patches."
         )
     return encoder.requires_grad_(False)
