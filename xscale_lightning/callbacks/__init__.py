@@ -1,6 +1,8 @@
 """Callbacks that show whether a run learns, without touching its loss, its optimizer or its random numbers."""
 
 from xscale_lightning.callbacks.affinity import AffinityPictures
+from xscale_lightning.callbacks.alignment import PairAlignment
+from xscale_lightning.callbacks.dense_probe import OnlineDenseProbe
 from xscale_lightning.callbacks.geometry import FeatureGeometry
 from xscale_lightning.callbacks.knn import OnlineKNN
 from xscale_lightning.callbacks.pictures import ReconstructionPictures
@@ -13,7 +15,9 @@ __all__ = [
     "AffinityPictures",
     "FeatureGeometry",
     "Measurement",
+    "OnlineDenseProbe",
     "OnlineKNN",
+    "PairAlignment",
     "ProbeCallback",
     "ProgressBar",
     "ReconstructionPictures",

@@ -184,7 +184,10 @@ class WrappedData(XScaleDataModule):
 
     def _masks(self, source: Dataset[Any]) -> LabelMap | None:
         """Learn the classes of masks; None where nothing says how many there are."""
-        names = self._given_names or describe.class_names(source)
+        names = self._given_names
+        said = describe.class_names(source)
+        if names is None and not self._labels and said and self._given_classes in (None, len(said)):
+            names = said
         count = self._given_classes or (None if names or self._labels else describe.num_classes(source))
         self.num_classes = None  # that is of image labels
         if not (names or count or self._labels):
