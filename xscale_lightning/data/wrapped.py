@@ -71,14 +71,16 @@ class Prepare:
         return result if file is None else result | {"file": file}
 
     def _mask(self, mask: Tensor, image: Tensor, index: Any) -> Tensor:
-        mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+        mask = mask.squeeze(0)
+        if self.label_map is None:  # whatever it is, nobody asks for classes
+            return mask.long()
         where = describe.file_of(self.source, index) or f"sample {index} of {self.owner}"
         if mask.shape != image.shape[1:]:
             raise UserError(
                 f"masks: the mask of {where} has shape {tuple(mask.shape)}, its image {tuple(image.shape)}; one class "
                 "per pixel is needed."
             )
-        return mask.long() if self.label_map is None else torch.from_numpy(self.label_map(mask.numpy(), where)).long()
+        return torch.from_numpy(self.label_map(mask.numpy(), where)).long()
 
 
 def resize(array: Tensor, size: tuple[int, int]) -> Tensor:
@@ -178,7 +180,7 @@ class WrappedData(XScaleDataModule):
         if "label" in first:
             self.num_classes = self._given_classes or describe.num_classes(source)
             self.multilabel = first["label"].ndim == 1 if self._given_multilabel is None else self._given_multilabel
-        elif "mask" in first:
+        elif "mask" in first and first["mask"].ndim == 2:
             prepare.label_map = self._masks(source)
         return reader
 
