@@ -202,3 +202,13 @@ def test_verdict_looks_at_the_mean_iou_alone():
     assert verdict(records) == "It learned: dense probe mIoU on fields 0.600 is above its step-0 value 0.500."
     records["dense/fields/miou"].error = 0.06
     assert verdict(records).startswith("These figures do not show whether it learned: dense probe mIoU")
+
+
+def test_a_patch_that_does_not_divide_is_refused_before_the_first_step(make_masked, make_dense_method, make_trainer):
+    data = make_masked()
+    method = make_dense_method(data)
+    method.backbone = torch.nn.Identity()
+    method.backbone.patch_size = 3
+    with pytest.raises(UserError, match=r"OnlineDenseProbe.image_size for fields: patch size 3 does not divide"):
+        make_trainer(OnlineDenseProbe(**RECIPE), logger=False).fit(method, datamodule=data)
+    make_trainer(OnlineDenseProbe(**RECIPE, image_size=12), logger=False).fit(method, datamodule=data)

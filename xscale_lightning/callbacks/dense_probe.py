@@ -151,8 +151,11 @@ class OnlineDenseProbe(ProbeCallback):
                 "data with masks, or set num_classes of it."
             )
         height, width = (self.image_size, self.image_size) if self.image_size else data.image_size
-        if height and width:
-            check_divides(patch_size(pl_module), height, width)
+        try:
+            if height and width:
+                check_divides(patch_size(pl_module), height, width)
+        except UserError as error:
+            raise UserError(f"OnlineDenseProbe.image_size for {data.name}: {error}") from None
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> Measurement | None:
         """Features of the splits, the trained layer, and its scores on the held-out one."""
