@@ -41,8 +41,9 @@ def aerial(folder, name, left=565642.6, crs="EPSG:32632"):
 
 def spots(root, count=4):
     for i in range(count):
-        series(root / "sentinel-ts", f"Abies_alba_1_{i}_WEFL_NLF" + ("_2020" if i % 2 else ""))
-        values = aerial(root / "aerial", f"Abies_alba_1_{i}_WEFL_NLF", 565642.6 + 1000 * i)
+        name = f"{'Betula_spec.' if i == 1 else 'Abies_alba'}_1_{i}_WEFL_NLF"
+        series(root / "sentinel-ts", name + ("_2020" if i % 2 else ""))
+        values = aerial(root / "aerial", name, 565642.6 + 1000 * i)
     return values
 
 

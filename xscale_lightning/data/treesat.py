@@ -103,14 +103,15 @@ class TreeSatPairs(PairedFolders):
     def _images(self, fine: bool) -> dict[str, PairImage]:
         """Aerial images, or time series placed where their aerial image lies, by name."""
         if fine:
-            return super()._images(fine)
+            # By the files' own names: what looks like a band in a scene's name is a species or a place here.
+            return {_stem(image.path): image for image in super()._images(fine).values()}
         check_folder("data.root", self.folder, "give the folder with aerial and sentinel-ts.")
         check_folder("data.root", self.root, "give the folder with aerial and sentinel-ts.")
         open_series = import_h5py()
         chosen = match_names(self.bands.names, MR_BANDS, "TreeSatAI-Time-Series")
         images = {}
         for name in sorted(entry for entry in os.listdir(self.root) if entry.endswith((".h5", ".hdf5"))):
-            path, stem = os.path.join(self.root, name), os.path.splitext(name)[0]
+            path, stem = os.path.join(self.root, name), _stem(name)
             aerial = os.path.join(self.root_hr, re.search(_NAME, stem)[1] + ".tif")  # type: ignore[index]
             try:
                 check_series(open_series, path)
@@ -124,6 +125,10 @@ class TreeSatPairs(PairedFolders):
         if self.on_error == "stop":
             self._report_left_out([])
         return images
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def place_series(path: str, aerial: Raster | None) -> Raster:
