@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
 S2MAE_OVERLAYS = ("s2mae_quick.yaml", "s2mae_stages.yaml", "s2mae_hyperspectral.yaml")
-OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS))
+OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS) - {"dense_probe.yaml"})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -164,13 +165,14 @@ def jpegs(tmp_path_factory) -> Path:
     return root
 
 
-def raster(path: Path, values: np.ndarray, gsd: float) -> None:
-    """Write `[C, H, W]` without band names."""
+def raster(path: Path, values: np.ndarray, gsd: float, names: Sequence[str] = ()) -> None:
+    """Write `[C, H, W]`, without band names unless they are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     profile = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
     transform = from_origin(500_000, 5_000_000, gsd, gsd)
     with rasterio.open(path, "w", dtype=values.dtype, crs="EPSG:32633", transform=transform, **profile) as file:
         file.write(values)
+        file.descriptions = tuple(names) or (None,) * len(values)
 
 
 def draw(means: list[float], stds: list[float], size: tuple[int, int], number: int) -> np.ndarray:
@@ -236,6 +238,31 @@ def bigearthnet(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def sen1floods11(tmp_path_factory) -> Path:
+    """One chip in the published layout, with the band names of its files and a mask of water to the left."""
+    root, bands = tmp_path_factory.mktemp("floods"), SENSORS["sentinel2_l1c"]
+    mask = np.zeros((1, 320, 320), np.int16)
+    mask[:, :, :130], mask[:, :2] = 1, -1
+    values = draw(bands.means, bands.stds, (320, 320), 0)
+    raster(root / "S2Hand" / "Spain_1_S2Hand.tif", np.where(mask == 1, values // 3, values), 10.0, bands.names)
+    raster(root / "LabelHand" / "Spain_1_LabelHand.tif", mask, 10.0)
+    raster(root / "S1Hand" / "Spain_1_S1Hand.tif", values[:2].astype(np.float32), 10.0, ("VV", "VH"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def enmap_potsdam(tmp_path_factory) -> Path:
+    """Tiles of 224 bands with masks of six classes, 0 where there is none."""
+    root, bands = tmp_path_factory.mktemp("potsdam"), SENSORS["enmap"]
+    for i in range(9):
+        values = draw(bands.means, bands.stds, (32, 32), i)
+        values[129:135] = -32768
+        raster(root / "images" / f"tile_{i}.tif", values, 30.0)
+        raster(root / "labels" / f"tile_{i}.tif", np.arange(1024, dtype=np.uint8).reshape(1, 32, 32) % 7, 30.0)
+    return root
+
+
 # Their images are smaller than, or no multiple of, the usual patch of 16 pixels.
 PATCH = {"idtrees_hsi": ["--model.backbone.patch_size", "4"], "bigearthnet": ["--model.backbone.patch_size", "8"]}
 
@@ -251,6 +278,8 @@ PATCH = {"idtrees_hsi": ["--model.backbone.patch_size", "4"], "bigearthnet": ["-
         ("idtrees_hsi", "idtrees", 369),
         ("fmow_sentinel", "fmow_sentinel", 12),
         ("bigearthnet", "bigearthnet", 12),
+        ("sen1floods11", "sen1floods11", 13),
+        ("enmap_potsdam", "enmap_potsdam", 202),
     ],
 )
 def test_data_files_compose_with_a_method(name, source, bands, tmp_path, request):
@@ -273,6 +302,24 @@ def test_s2mae_takes_hundreds_of_bands(name, spectral, groups, tmp_path, request
     backbone = saved["init_args"]["backbone"]
     assert backbone["spectral"] == spectral and -(-len(saved["bands"]["bands"]) // 3) == groups
     assert saved["init_args"]["predict_ratio"] == 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae.yaml", "ijepa.yaml"])
+def test_dense_probe_goes_over_a_method(name, tmp_path, sen1floods11):
+    recipe = [*config(name), *config("dense_probe.yaml"), "--dense.data.root", str(sen1floods11)]
+    short = ["--dense.epochs", "12", "--dense.data.num_workers", "0", "--dense.data.cache_mb", "8"]
+    narrow = [*NARROW, *NARROW_DECODER[name], "--data.samples_per_epoch", "16"]
+    assert cli.main(["fit", *recipe, *QUICK, *narrow, *short, "--output", str(tmp_path), "--debug"]) == 0
+    (folder,) = tmp_path.glob("*/*")
+    record = json.loads((folder / "results.json").read_text())["metrics"]["dense/sen1floods11/miou"]
+    assert record["last_step"] == 2 and record["split"] == "val" and 0 < record["step_0"] < 1
+    assert len(list((folder / "pictures").glob("dense_sen1floods11_step_*.png"))) == 2
+    written = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    assert cli.main(["test", *written, "--output", str(tmp_path / "test"), "--debug"]) == 0
+    (folder,) = (tmp_path / "test").glob("*/*")
+    tested = json.loads((folder / "results.json").read_text())["metrics"]["dense/sen1floods11/miou"]
+    assert tested["split"] == "test" and tested["step_0"] == record["step_0"] and tested["last_step"] == 2
 
 
 @pytest.mark.parametrize("name", DATA)

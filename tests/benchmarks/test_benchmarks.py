@@ -137,3 +137,14 @@ def test_a_disagreeing_backend_is_reported(load, monkeypatch):
     script = load("gpu")
     monkeypatch.setattr(script, "attend", lambda q, k, v, seqlens=None, backend="auto": q + k + v)
     assert all("FAILED" in row[2] for row in script.check_attention(torch.device("cpu")))
+
+
+def test_affinity_times_every_variant(load, tmp_path):
+    load("common")
+    script = load("affinity")
+    script.main(["--size", "smallest", "--seconds", "0", "--device", "cpu", "--no-memory", "--output", str(tmp_path)])
+    hosts = json.loads((tmp_path / "affinity.json").read_text())["hosts"]
+    assert set(hosts) == {"ijepa", "latent_mim"}
+    for variants in hosts.values():
+        assert set(variants) == {"alone", "teacher host", "teacher own"} and variants["alone"]["time_ratio"] == 1
+        assert all(figures["step_ms"] > 0 for figures in variants.values())

@@ -66,7 +66,14 @@ def test_data_without_pairs_is_passed_over(monkeypatch):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("num_pairs", 0), ("num_shown", 0), ("tolerance", 0.0), ("min_correlation", 1.0), ("action", "ignore")],
+    [
+        ("num_pairs", 0),
+        ("num_shown", 0),
+        ("tolerance", 0.0),
+        ("min_correlation", 1.0),
+        ("agreement", 1.0),
+        ("action", "ignore"),
+    ],
 )
 def test_impossible_arguments_are_named(argument, value):
     with pytest.raises(UserError, match=argument):

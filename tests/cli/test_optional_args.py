@@ -78,3 +78,33 @@ def test_the_quickstart_makes_decoders_small(method):
         "decoder_depth": 3,
         "decoder_heads": 4,
     }
+
+
+def test_the_quickstart_makes_what_a_host_has_small():
+    words = ["--config", str(CONFIGS / "sa_ijepa.yaml"), "--config", str(CONFIGS / "quickstart.yaml")]
+    given = settled(*words)[-1]["model"]["init_args"]
+    assert given["host_args"]["predictor"] == {"dim": 96, "depth": 3, "num_heads": 3}
+    assert given["host_args"]["masks"]["min_keep"] == 10 and not {"predictor", "decoder_dim"} & set(given)
+    words[1] = str(CONFIGS / "sa_latent_mim.yaml")
+    given = settled(*words)[-1]["model"]["init_args"]["host_args"]
+    assert (given["decoder_dim"], given["head_dim"], given["gap"]) == (128, 384, 0.25) and "predictor" not in given
+
+
+def test_host_args_are_laid_over_those_before_while_the_host_stays():
+    def content(**init_args: object) -> str:
+        return json.dumps({"model": {"class_path": "spatial_affinity", "init_args": init_args}})
+
+    first = content(host="mae", host_args={"mask_ratio": 0.5, "decoder_dim": 64})
+    (merged,) = settled("--config", first, "--config", content(host_args={"decoder_dim": 32}))[1:]
+    assert merged["model"]["init_args"]["host_args"] == {"mask_ratio": 0.5, "decoder_dim": 32}
+    other = content(host="ijepa", host_args={"features_from": "student"})
+    assert settled("--config", first, "--config", other)[-1] == json.loads(other)
+    with pytest.raises(UserError, match=r"optional_args\.mask_ratio is under model\.init_args, too"):
+        settled(
+            "--config",
+            first,
+            "--config",
+            json.dumps(
+                {"model": {"optional_args": {"mask_ratio": 0.5}, "init_args": {"host_args": {"mask_ratio": 0.6}}}}
+            ),
+        )

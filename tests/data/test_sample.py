@@ -158,3 +158,16 @@ def test_twelve_bands_at_their_true_resolutions_on_the_10_m_grid():
         )[0, 0].numpy()
         assert native.shape == (mine.shape[0] // step, mine.shape[1] // step)
         assert np.abs(mine - wide).max() <= 1, name
+
+
+def test_masks_are_the_classes_of_the_pixels_of_the_finest_image():
+    """All four bands of the rule are delivered, at 10 m, so that the rule can be applied to the image itself."""
+    bands = BandSelection("sentinel2_l1c", names=["B03", "B04", "B08", "B11"])
+    module = SampleScene(bands, image_size=32, pair_ratio=2, batch_size=8)
+    module.setup("fit")
+    batch = next(iter(module.probe_dataloader("val")))
+    assert batch["mask"].dtype == torch.int64
+    for image, mask in zip(batch["image_hr"].numpy(), batch["mask"].numpy(), strict=True):
+        np.testing.assert_array_equal(mask, index_classes(*image))
+    assert int(batch["mask"].max()) < module.num_mask_classes == len(module.class_names)
+    assert "mask" not in next(iter(module.train_dataloader()))

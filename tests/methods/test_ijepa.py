@@ -19,7 +19,7 @@ from xscale_lightning.masking_blocks import BlockMasks, Blocks
 from xscale_lightning.methods.ijepa import IJEPA
 from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.optim import OptimizerConfig, Plan
+from xscale_lightning.optim import OptimizerConfig, Plan, parameter_groups
 from xscale_lightning.schedules import Schedule
 
 BANDS, PATCH, GRID, HEADS, DIM, NARROW = 4, 8, (2, 3), 3, 24, 12
@@ -27,6 +27,7 @@ PLACES = GRID[0] * GRID[1]
 SMALL = BackboneConfig("vit_tiny_patch8", dim=DIM, depth=2, num_heads=HEADS, class_token=False)
 # Two contexts of two images, of different lengths, and three target blocks of two tokens.
 CONTEXTS = [[4, 0, 2], [1], [5, 3, 0, 1], [2, 3, 4]]
+MIXED = [[4, 0], [5, 3, 0, 1], [1], [2, 3, 4]]  # sorting these and sorting back are two permutations
 TARGETS = torch.tensor([[[3, 5], [0, 4]], [[1, 2], [2, 5]], [[0, 1], [1, 2]]])
 
 
@@ -114,7 +115,7 @@ def reference(w: dict[str, Tensor], images: Tensor, contexts: list[list[int]], t
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("contexts", [CONTEXTS, [row[:1] * 1 + [5] for row in ([0], [1], [2], [3])], CONTEXTS[:2]])
+@pytest.mark.parametrize("contexts", [CONTEXTS, [[first, 5] for first in range(4)], CONTEXTS[:2], MIXED])
 def test_loss_and_gradients_agree_with_the_restatement(contexts):
     model = make()
     blocks = Blocks.of([torch.tensor(row) for row in contexts], TARGETS, PLACES)
@@ -139,6 +140,29 @@ def test_packed_and_dense_contexts_give_the_same_encoding():
         alone = Blocks.of([rows[i]], TARGETS[:, :1], PLACES)
         assert alone.kept is not None
         torch.testing.assert_close(part, model.encode_context(pictures()[i % 2 : i % 2 + 1], alone))
+
+
+def test_tokens_for_add_ons_are_as_wide_as_the_longest_of_their_context():
+    model = make()
+    blocks = Blocks.of([torch.tensor(row) for row in MIXED], TARGETS, PLACES)
+    rows = model.encode_context(pictures(), blocks).split(blocks.lengths)
+    seen = model.loss(pictures(), blocks).student
+    assert [tokens.lengths for tokens in seen] == [(2, 4), (1, 3)]
+    for c, tokens in enumerate(seen):
+        assert tokens.x.shape == (2, max(tokens.lengths), DIM) and tokens.kept.shape == tokens.x.shape[:2]
+        for b, length in enumerate(tokens.lengths):
+            assert tokens.kept[b, :length].tolist() == MIXED[2 * c + b]
+            assert torch.equal(tokens.x[b, :length], rows[blocks.order[2 * c + b]])
+            assert not tokens.x[b, length:].any()
+
+
+def test_weight_decay_is_that_of_the_published_code():
+    """Matrices and the mask token are decayed; biases and norms are not."""
+    model = make()
+    groups = parameter_groups(model, undecayed=model.undecayed)
+    for group in groups:
+        assert all(group["decay"] != ("norm" in name or name.endswith("bias")) for name in group["names"])
+    assert "predictor.mask_token" in {name for group in groups if group["decay"] for name in group["names"]}
 
 
 def test_gsd_positions_reach_encoder_and_predictor():
@@ -239,7 +263,11 @@ def test_what_is_refused(options, message):
 
 
 def test_sizes_of_the_predictor_are_checked():
-    for options, message in (({"dim": 10}, "multiple of 4"), ({"depth": 0}, "predictor.depth must be at least 1")):
+    for options, message in (
+        ({"dim": 10}, "multiple of 4"),
+        ({"depth": 0}, "predictor.depth must be at least 1"),
+        ({"mlp_ratio": 0.0}, "predictor.mlp_ratio 0.0 leaves its MLPs no width"),
+    ):
         with pytest.raises(UserError, match=message):
             PredictorConfig(**options)
 

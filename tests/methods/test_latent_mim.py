@@ -177,6 +177,19 @@ def test_a_step_takes_jittered_patches_and_hides_the_rest():
     assert module.step({"image": images}).loss == module.loss(cut, order[:, :3], order[:, 3:7]).loss
 
 
+@pytest.mark.parametrize("size", [(6, 15), (24, 30), (24, 31), (24, 62)])
+def test_finer_images_that_nobody_asked_for_are_left_alone(size):
+    """Alone on paired data: the views have resized the image, and not `image_hr`."""
+    module = make(gap=0.5, mask_ratio=0.7)
+    batch = {"image": torch.randn(2, 5, 12, 31, dtype=torch.float64)}
+    losses = []
+    for finer in ({}, {"image_hr": torch.randn(2, 5, *size, dtype=torch.float64)}):
+        torch.manual_seed(3)
+        output = module.step({**batch, **finer})
+        losses.append(output.loss)
+    assert torch.equal(*losses) and ("image_hr" in output.encoded) == (size == (24, 62))
+
+
 def test_student_and_target_see_their_own_patches_alone():
     images, visible, hidden = data(hidden=11)
     spots = torch.zeros(3, 15, dtype=torch.float64).scatter(1, visible, 1.0).reshape(3, 1, 3, 5)

@@ -19,3 +19,12 @@ def test_learned_tables_do_not_stop_the_counter():
         assert all(p.grad is None for p in method.parameters())
         assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert counts["learned"] == counts["sincos"] > 0
+
+
+def test_counting_leaves_the_parameters_of_a_module_registered_twice() -> None:
+    method = MAE(bands=generic(4), backbone=BackboneConfig("vit_tiny_patch8", depth=1))
+    method.twice = torch.nn.ModuleDict({"again": method.backbone})
+    before = dict(method.named_parameters(remove_duplicate=False))
+    count_flops(method, {"image": torch.zeros(2, 4, 32, 32), "gsd": torch.ones(2)})
+    after = dict(method.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xscale_lightning import checkpoints
 from xscale_lightning.data.bands import generic
 from xscale_lightning.data.datamodule import Collate
 from xscale_lightning.data.synthetic import SyntheticDataset
@@ -15,10 +16,13 @@ from xscale_lightning.errors import UserError
 from xscale_lightning.losses import affinity_gram, off_diagonal_affinity
 from xscale_lightning.masking import children
 from xscale_lightning.methods.affinity_parts import encode_at, pooled_children
+from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import PAPER
 from xscale_lightning.methods.spatial_affinity import SpatialAffinity
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
+from xscale_lightning.optim import parameter_groups
+from xscale_lightning.pretrained import load_backbone
 from xscale_lightning.schedules import Rise
 from xscale_lightning.testing import NO_VIEWS
 
@@ -141,7 +145,8 @@ def test_latent_mim_cuts_both_images_alike():
 
 def move(module: SpatialAffinity, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
+    for step in range(steps):
+        torch.manual_seed(step)
         module.step(module.prepare(pair())).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -234,12 +239,118 @@ def test_loss_features_and_weight():
     assert Rise(2.0, 0.0, 0.0)(0, 100) == 2
 
 
+@pytest.mark.parametrize("name", ["ijepa", "latent_mim", "mae", "cross_scale_mae", "s2mae"])
+@pytest.mark.parametrize("source", ["pair", "interpolated", "mr", "hr"])
+def test_every_host_trains_from_every_source(name, source):
+    module = make(name, source=source, teacher="own" if name.endswith("mae") else "host")
+    before = {key: value.clone() for key, value in module.student_encoder.state_dict().items()}
+    move(module, steps=2)
+    assert any(not torch.equal(value, before[key]) for key, value in module.student_encoder.state_dict().items())
+    logs = module.evaluate(pair(), seed=0).logs
+    assert all(bool(value.isfinite()) for value in logs.values())
+    assert ("affinity_gram" in logs) == (source in ("pair", "interpolated"))
+
+
+def test_weight_0_is_the_host_alone_with_the_affinities_logged():
+    modules = [make(weight=0.0), make(source="mr")]
+    for module in modules:
+        move(module, steps=2)
+    ours, alone = (module.state_dict() for module in modules)
+    assert all(torch.equal(value, alone[key]) for key, value in ours.items())
+
+
+def save(module, path) -> str:
+    torch.save({"state_dict": module.state_dict(), checkpoints.KEY: checkpoints.metadata(module)}, path)
+    return str(path)
+
+
+def test_a_checkpoint_teaches_and_stays_as_it_is(tmp_path):
+    torch.manual_seed(3)
+    mae = MAE(bands=generic(3), backbone=replace(PLAIN, class_token=True), **DECODER)
+    path = save(mae, tmp_path / "teacher.ckpt")
+    module = make("mae", teacher=path, host_args={"mask_ratio": 0.5})
+    move(module, steps=2)
+    teacher = module.teacher(torch.device("cpu"))
+    assert all(torch.equal(value, mae.backbone.state_dict()[key]) for key, value in teacher.state_dict().items())
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert set(module.state_dict()) == set(make("mae", source="mr").state_dict())  # it is in no checkpoint
+
+
+def test_teachers_that_do_not_fit_are_refused_before_the_run(tmp_path):
+    class Data:
+        bands, image_size, pair_ratio = generic(3), (48, 64), 2
+
+    for options, message in (
+        ({"bands": generic(4)}, "was trained on other bands"),
+        ({"backbone": replace(PLAIN, patch_size=16)}, "patches of 16 pixels in 1 group.* student of 8 in 1: take"),
+    ):
+        other = MAE(**{"bands": generic(3), "backbone": PLAIN, **DECODER, **options})
+        module = make("mae", teacher=save(other, tmp_path / "other.ckpt"))
+        with pytest.raises(UserError, match=message):
+            module.check_data(Data, fitting=True)
+    with pytest.raises(UserError, match=r"teacher 'no.ckpt' is no file: give host, own or the path"):
+        make(teacher="no.ckpt").check_data(Data, fitting=True)
+    with pytest.raises(UserError, match=r"deliver none: set data.pair_ratio to 3"):
+        Data.pair_ratio = 1
+        make(ratio=3).check_data(Data, fitting=True)
+
+
+def test_each_sensor_has_its_own_statistics():
+    class Data:
+        bands, image_size, ratio = generic(3), (48, 64), 2
+        bands_hr = generic(3).with_statistics([10.0, 20.0, 30.0], [1.0, 2.0, 3.0])
+
+    module, batch = make(), pair()
+    wanted = module.prepare(batch)["image_hr"]
+    module.check_data(Data, fitting=True)
+    unit = (batch["image_hr"] - module.mean) / module.std
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (Data.bands_hr.means, Data.bands_hr.stds))
+    torch.testing.assert_close(module.prepare({**batch, "image_hr": unit * std + mean})["image_hr"], wanted)
+    for bands, message in (
+        (generic(4), "data.bands are 3 .*and data.bands_hr 4"),
+        (Data.bands_hr.with_wavelengths([0.66, 0.56, 0.49]), "band1 .0.49 um. stands beside band1 .0.66 um."),
+    ):
+        Data.bands_hr = bands
+        module.bands = generic(3).with_wavelengths([0.49, 0.56, 0.66])
+        with pytest.raises(UserError, match=message):
+            module.check_data(Data, fitting=True)
+
+
+def test_a_checkpoint_holds_everything_once_and_gives_everything_back(tmp_path):
+    module = make()
+    move(module, steps=2)
+    path = save(module, tmp_path / "sa.ckpt")
+    parameters = {id(p): p.numel() for p in module.parameters()}
+    assert 4 * sum(parameters.values()) > 0.9 * (tmp_path / "sa.ckpt").stat().st_size
+    again = checkpoints.load_method(path)
+    assert torch.equal(again.features(pair()), module.features(pair()))
+    encoder, _ = load_backbone(path)
+    assert all(torch.equal(value, module.backbone.state_dict()[key]) for key, value in encoder.state_dict().items())
+    groups = parameter_groups(module, undecayed=module.undecayed)
+    counted = [id(p) for group in groups for p in group["params"]]
+    assert len(counted) == len(set(counted)) == sum(p.requires_grad for p in module.parameters())
+
+
+def test_maps_are_those_of_the_student_on_mr_and_the_teacher_on_hr():
+    module = make("latent_mim", feature="norm", hr_positions="aligned")
+    batch = pair()
+    student, teacher = module.affinity_maps(batch)
+    assert student.shape == (2, 48, 6, 8) and teacher.shape == (2, 48, 12, 16)
+    torch.testing.assert_close(student, module.host.patch_features({k: v for k, v in batch.items() if "hr" not in k}))
+    seen = Tokens(torch.zeros(2, 48, 48), (1, 6, 8), torch.arange(48).expand(2, -1))
+    prepared = module.eval().prepare(batch)
+    pooled = pooled_children(
+        module.teacher(module.device), prepared["image_hr"], seen, 2, prepared["gsd_hr"], "aligned"
+    )
+    torch.testing.assert_close(F.avg_pool2d(teacher, 2).flatten(2).mT, pooled, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"name": "mae", "teacher": "host"}, "MAE has no EMA that could teach: set teacher to own"),
-        ({"host_args": {"backbone": {}}}, "host_args has backbone"),
-        ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa'"),
+        ({"host_args": {"backbone": {}}}, "host_args has backbone.*give model.backbone"),
+        ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa': there is no argument 'mask_rato'"),
         ({"ratio": 0}, "ratio must be"),
         ({"weight": -1.0}, "weight must not be negative"),
     ],
@@ -266,3 +377,5 @@ def test_wrong_batches():
         module.prepare({**batch, "image_hr": batch["image_hr"][:, :2]})
     with pytest.raises(UserError, match=r"teacher 'no.ckpt' is no file"):
         make(teacher="no.ckpt").step(module.prepare(batch))
+    with pytest.raises(UserError, match="host 'spatial_affinity' needs a host itself"):
+        SpatialAffinity("spatial_affinity")

@@ -15,52 +15,30 @@ from xscale_lightning.masking import children
 from xscale_lightning.masking_blocks import Blocks
 from xscale_lightning.methods.affinity_parts import pooled_children
 from xscale_lightning.methods.ijepa import IJEPA
-from xscale_lightning.models.jepa_predictor import PredictorConfig
-from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.readers.ijepa import TABLES, load_encoder, load_published, to_published
+from xscale_lightning.readers.ijepa import TABLES, build_published, load_encoder, to_published
 
 # Read below, or told by the tensors' shapes.
-KNOWN = {
-    "image_size",
-    "image_size_hr",
-    "channels",
-    "patch",
-    "dim",
-    "depth",
-    "heads",
-    "batch",
-    "grid",
-    "tokens",
-    "mlp_ratio",
-}
-KNOWN |= {"predictor_dim", "predictor_depth", "predictor_heads", "sa_ratio", "norm_eps", "target_norm_eps"}
+KNOWN = {"image_size", "image_size_hr", "channels", "patch", "dim", "depth", "heads", "batch", "grid", "tokens"}
+KNOWN |= {"predictor_dim", "predictor_depth", "predictor_heads", "predictor_norm_eps", "mlp_ratio", "norm_eps"}
+KNOWN |= {"sa_ratio", "target_norm_eps"}
 
 
-def build(config: Mapping[str, Any]) -> IJEPA:
-    """Our module at the configuration of a case."""
-    module = IJEPA(
-        bands=generic(config["channels"]),
-        backbone=BackboneConfig(
-            name="vit_base_patch16",
-            class_token=False,
-            patch_size=config["patch"],
-            dim=config["dim"],
-            depth=config["depth"],
-            num_heads=config["heads"],
-            mlp_ratio=config.get("mlp_ratio", 4.0),
-            norm_eps=config.get("norm_eps", 1e-6),
-        ),
-        predictor=PredictorConfig(
-            dim=config["predictor_dim"],
-            depth=config["predictor_depth"],
-            num_heads=config.get("predictor_heads"),
-        ),
-    ).double()
-    for norm in (module.backbone.norm, module.target.module.norm):
-        norm.eps = config.get("norm_eps", 1e-6)
-    module.target_norm_eps = config.get("target_norm_eps", 1e-5)
-    for name in sorted(set(config) - KNOWN):
+def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> IJEPA:
+    """Our module with a case's weights; sizes by their shapes."""
+    for name in sorted(config.keys() - KNOWN):
         print(f"  not read: {name}")
+    patches = state["encoder.patch_embed.proj.weight"]
+    module = build_published(
+        state,
+        bands=generic(patches.shape[1]),
+        num_heads=config.get("heads"),
+        predictor_heads=config.get("predictor_heads"),
+    )
+    eps = config.get("norm_eps", 1e-6)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = config.get("predictor_norm_eps", eps) if name.startswith("predictor.") else eps
+    module.target_norm_eps = config.get("target_norm_eps", 1e-5)
     return module.train()
 
 
@@ -68,8 +46,8 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     """Losses, checks and gradient norms of one run."""
     config, inputs, lists = fill.config(case, run), fill.input_tensors(case, run), fill.index_lists(case, run)
     theirs, golden = fill.state_dict(case, run, reference_names=True), case["runs"][run]
-    module, own = build(config), {n: v for n, v in theirs.items() if not n.startswith("hr_teacher.")}
-    load_published(module, own)
+    own = {n: v for n, v in theirs.items() if not n.startswith("hr_teacher.")}
+    module = build(config, own)
     images = inputs["image"]
     _, height, width = module.backbone.grid(images)
     back = to_published(module, height)
@@ -92,7 +70,7 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     if "image_hr" in inputs:
         teacher = copy.deepcopy(module.target.module)
         load_encoder(teacher, theirs, "hr_teacher")
-        ratio = config["sa_ratio"]
+        ratio = config.get("sa_ratio", inputs["image_hr"].shape[-1] // images.shape[-1])
         for i, places in enumerate(contexts):
             fine = teacher(inputs["image_hr"], keep=children(places, width, ratio)).patches  # [B, K * r * r, D]
             checks[f"hr_teacher_tokens_{i}"] = fine

@@ -1,6 +1,7 @@
 """Golden cases of LatentMIM, alone and with spatial affinity."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ READ |= {"image_size_hr", "mlp_ratio", "norm_eps", "head_norm_eps", "sim_coeff",
 READ |= {"momentum", "sa_mode", "sa_weight", "mask_target", "pred2unit", "decoder_norm_eps"}
 
 
-def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[LatentMIM, ProjectedEncoder | None]:
+def build(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], channels: int
+) -> tuple[LatentMIM, ProjectedEncoder | None]:
     """Our module with a case's weights, and the teacher on the finer grid where the case has one; sizes by shape."""
     for name in config.keys() - READ:
         print(f"  not read: {name}")
@@ -48,10 +51,10 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Laten
     )
     module, _ = build_published(
         {name: value for name, value in state.items() if not name.startswith(TEACHER)},
-        bands=generic(config["channels"]),
-        num_heads=config["heads"],
+        bands=generic(channels),
+        num_heads=config.get("heads"),
         decoder_heads=config.get("decoder_heads", 16),
-        gap=config.get("patch_gap", 0) / config["patch"],
+        gap=config.get("patch_gap", 0) / math.isqrt(state["encoder.embed.proj.weight"].shape[1] // channels),
         objective=objective,
         target=Target(momentum, tokens="hidden" if config.get("mask_target", True) else "all"),
     )
@@ -73,16 +76,14 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     """Losses, checks and gradient norms of one run."""
     config, inputs, lists = fill.config(case, run), fill.input_tensors(case, run), fill.index_lists(case, run)
     theirs = fill.state_dict(case, run, reference_names=True)
-    module, teacher = build(config, theirs)
-    sides = (config["grid"], teacher, config["grid"] * config.get("sa_ratio", 1))
+    module, teacher = build(config, theirs, inputs["image"].shape[1])
+    grid, finer = (math.isqrt(len(theirs.get(f"{net}{TABLE}", [None])) - 1) for net in ("encoder.", TEACHER))
+    sides = (grid, teacher, finer)
     back = to_published(module, *sides)
     lost = [n for n in theirs if n not in back or (back[n] - theirs[n]).abs().max() > (1e-6 if TABLE in n else 0)]
     yield Number("tensors lost on the way back", len(lost) + len(back.keys() - theirs.keys()), 0)
 
-    images, visible, hidden = inputs["image"], lists["visible"], lists["masked"]
-    if module.gap:
-        offsets = torch.stack([lists["jitter_row"], lists["jitter_col"]], dim=1)
-        images = take_patches(images, module.patch_size, module.gap, offsets)
+    images, visible, hidden = _cut(module, inputs["image"], lists, ""), lists["visible"], lists["masked"]
     if config.get("ema_first"):
         module._move_targets(None)
     output = module.loss(images, visible, hidden)
@@ -90,19 +91,19 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
     ours, total = {"loss": output.loss, "base_loss": output.loss}, output.loss
     checks: dict[str, Tensor] = {"encoder": seen.x}
     if teacher is not None:
-        weight, ratio = config.get("sa_weight", 1.0), config["sa_ratio"]
-        places = lists["sa_block"] if config.get("sa_mode") == "block" else visible
-        block = config.get("sa_mode") == "block"
+        weight, ratio = config.get("sa_weight", 1.0), config.get("sa_ratio", finer // grid)
+        block = config.get("sa_mode", "block" if "sa_block" in lists else "default") == "block"
+        places, images_hr = lists["sa_block"] if block else visible, _cut(module, inputs["image_hr"], lists, "hr")
         student = encode_at(module.student_encoder, images, places, None) if block else seen
-        young = children(places, config["grid"], ratio)
+        young = children(places, grid, ratio)
         yield Number("children", float((young != lists.get("hr_children", young)).sum()), 0)
         with torch.no_grad():
-            finer = teacher(inputs["image_hr"], young)
-            pooled = pooled_children(teacher, inputs["image_hr"], student, ratio)
+            fine = teacher(images_hr, young)
+            pooled = pooled_children(teacher, images_hr, student, ratio)
         gram, features = (term(student.patches, pooled) for term in (affinity_gram, affinity_features))
         ours |= {"sa_gram": gram, "sa_mse": features}
         ours |= {"total_gram": output.loss + weight * gram, "total_mse": output.loss + weight * features}
-        total, checks["hr_teacher"] = ours["total_gram"], finer.x
+        total, checks["hr_teacher"] = ours["total_gram"], fine.x
     golden = case["runs"][run]
     yield from compare_all(ours, golden["golden"])
 
@@ -123,3 +124,14 @@ def numbers(case: dict[str, Any], run: str) -> Iterator[Number]:
         norms = {name: value.norm().item() for name, value in to_published(module, *sides).items()}
         known = {name: None if norm != norm else norm for name, norm in norms.items()}
         yield from compare_all(known, golden["grad_norms"], "grad ")
+
+
+def _cut(module: LatentMIM, images: Tensor, lists: Mapping[str, Tensor], which: str) -> Tensor:
+    """Images without gaps, by places in their cells that the case gives; for `hr` in lists with that in the name."""
+    if not module.gap:
+        return images
+    named = [name for name in lists if "jitter" in name and ("hr" in name.split("_")) == (which == "hr")]
+    if not named:  # of finer images: as they are
+        return images
+    rows, columns = (next(lists[name] for name in named if axis in name) for axis in ("row", "col"))
+    return take_patches(images, module.patch_size, module.gap, torch.stack([rows, columns], dim=1))

@@ -94,3 +94,18 @@ def test_what_a_case_leaves_out_has_the_published_value(tmp_path):
     case["config"]["contrastive_weight"] = case["config"].pop("w_cc") / 2
     (tmp_path / "weight.json").write_text(json.dumps(case))
     assert run_case.main([str(tmp_path / "weight.json")]) == 1
+
+
+@pytest.mark.parametrize("method", ["ijepa", "latent_mim"])
+def test_sizes_are_told_by_the_tensors(method, tmp_path):
+    case = json.loads((HERE / "cases" / f"{method}_odd.json").read_text())
+    told = {"heads", "predictor_heads", "decoder_heads", "norm_eps", "head_norm_eps", "target_norm_eps"}
+    told |= {"patch_gap", "tau"}
+    case["config"] = {name: value for name, value in case["config"].items() if name in told}
+    case["tensors"].reverse()
+    for run in case["runs"].values():
+        for name in ("loss", "sa_mode") if run["config"].get("loss") != "norm_l2" else ():
+            run["config"].pop(name, None)
+        run["indices"] = {name: value for name, value in run.get("indices", {}).items() if name != "hr_children"}
+    (tmp_path / "bare.json").write_text(json.dumps(case))
+    assert run_case.main([str(tmp_path / "bare.json")]) == 0

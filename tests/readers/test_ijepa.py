@@ -77,3 +77,14 @@ def test_what_does_not_fit_is_refused_whole():
     assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
     with pytest.raises(UserError, match=r"no pretraining checkpoint of I-JEPA: it lacks .encoder\.patch_embed"):
         build_published({"cls_token": torch.zeros(1)})
+
+
+def test_widths_of_the_mlps_are_those_of_the_file():
+    """The giant encoder's are 48 / 11 times its width, its predictor's 4 times; 122 / 28 * 28 is just below 122."""
+    torch.manual_seed(0)
+    backbone = BackboneConfig(**{**SIZES, "dim": 28, "num_heads": 2, "mlp_ratio": 122.5 / 28})
+    state = to_published(IJEPA(bands=generic(5), backbone=backbone, predictor=PredictorConfig(24, 1)), 6)
+    assert len(state["encoder.blocks.0.mlp.fc1.bias"]) == 122
+    assert len(state["predictor.predictor_blocks.0.mlp.fc1.bias"]) == 96
+    again = build_published(state, num_heads=2)
+    assert all(torch.equal(value, state[name]) for name, value in to_published(again, 6).items())

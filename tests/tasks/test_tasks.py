@@ -97,8 +97,9 @@ def test_bands_of_a_checkpoint_that_are_not_the_datas_are_named(pretrained):
 def test_statistics_of_the_checkpoint(pretrained):
     _, path = pretrained
     ours = BANDS.with_statistics([3.0, 4.0], [5.0, 6.0])
-    assert Classification(init_from=str(path), bands=ours).bands.means == [3.0, 4.0]
-    assert Classification(init_from=str(path), bands=ours, statistics="checkpoint").bands.means == [0.0, 0.0]
+    assert Classification(init_from=str(path), bands=ours).bands.means == [0.0, 0.0]
+    assert Classification(init_from=str(path), bands=ours, statistics="data").bands.means == [3.0, 4.0]
+    assert Classification(bands=ours).bands.means == [3.0, 4.0]
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_keeps_still():

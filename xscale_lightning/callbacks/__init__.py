@@ -1,5 +1,8 @@
 """Callbacks that show whether a run learns, without touching its loss, its optimizer or its random numbers."""
 
+from xscale_lightning.callbacks.affinity import AffinityPictures
+from xscale_lightning.callbacks.alignment import PairAlignment
+from xscale_lightning.callbacks.dense_probe import OnlineDenseProbe
 from xscale_lightning.callbacks.geometry import FeatureGeometry
 from xscale_lightning.callbacks.knn import OnlineKNN
 from xscale_lightning.callbacks.pictures import ReconstructionPictures
@@ -9,9 +12,12 @@ from xscale_lightning.callbacks.summary import RunSummary
 from xscale_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "AffinityPictures",
     "FeatureGeometry",
     "Measurement",
+    "OnlineDenseProbe",
     "OnlineKNN",
+    "PairAlignment",
     "ProbeCallback",
     "ProgressBar",
     "ReconstructionPictures",

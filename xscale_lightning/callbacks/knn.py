@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, evaluation_split, publish_picture
 from xscale_lightning.callbacks.sampling import extract_variants
+from xscale_lightning.callbacks.sources import open_probe_data, patch_size
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
@@ -100,27 +101,15 @@ class OnlineKNN(ProbeCallback):
         if self._probe_data is None:
             return
         data = self._probe_data
-        if data is self.data:
-            if trainer.local_rank == 0:
-                data.prepare_data()
-            trainer.strategy.barrier("OnlineKNN")
-            data.setup("fit")
-            if stage == "test":
-                data.setup("test")
+        open_probe_data(trainer, pl_module, data, stage, "OnlineKNN")
         if data.num_classes is None:
             raise UserError(f"OnlineKNN.data: {data.name} has no labels; give labelled data or leave the callback out.")
-        difference = pl_module.bands.difference(data.bands)  # type: ignore[operator, union-attr]
-        if difference:
-            raise UserError(
-                f"OnlineKNN.data: the bands of {data.name} are not the model's ({difference}); "
-                "choose the same ones with OnlineKNN.data.bands."
-            )
         self._sizes(pl_module)
 
     def _sizes(self, pl_module: LightningModule) -> dict[float, tuple[int, int]]:
         """Image sizes by scale; none where the data does not know its own before it is read."""
         size = self._probe_data.image_size if self._probe_data is not None else None
-        return scaled_sizes(size, self.scales, _patch(pl_module)) if size and all(size) else {}
+        return scaled_sizes(size, self.scales, patch_size(pl_module)) if size and all(size) else {}
 
     def _choose(self, trainer: Trainer) -> XScaleDataModule | None:
         if self.data is not None:
@@ -139,7 +128,7 @@ class OnlineKNN(ProbeCallback):
         if data is None:
             return None
         split = evaluation_split(trainer)
-        patch = _patch(pl_module)
+        patch = patch_size(pl_module)
         variants = [partial(scale_batch, share=share, patch=patch) for share in self.scales]  # the native size first
         bank_variants = variants if self.scaled == "both" else variants[:1]
         banks, bank_labels = extract_variants(
@@ -198,11 +187,6 @@ class OnlineKNN(ProbeCallback):
         )
         stem = re.sub(r"[^\w.-]+", "_", data)  # a name need not be fit for files
         publish_picture(trainer, picture, f"knn_scales/{data}", f"knn_scales_{stem}_")
-
-
-def _patch(pl_module: LightningModule) -> int:
-    """Pixels per side of a patch; 1 for models that know none."""
-    return getattr(getattr(pl_module, "backbone", None), "patch_size", 1)
 
 
 def _error(share: float, count: int) -> float:

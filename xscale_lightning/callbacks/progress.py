@@ -10,7 +10,7 @@ from rich import get_console
 from xscale_lightning.callbacks.probe import Measurement
 from xscale_lightning.callbacks.steps import current_step, is_base_line
 from xscale_lightning.callbacks.throughput import StepClock, batch_images
-from xscale_lightning.callbacks.verdict import format_value, is_knn, is_task_score
+from xscale_lightning.callbacks.verdict import format_value, is_dense, is_knn, is_task_score
 from xscale_lightning.errors import UserError
 
 SECONDS_BETWEEN_METRICS = 0.5
@@ -78,7 +78,7 @@ class ProgressBar(RichProgressBar):
     def _headline(self, measurement: Measurement) -> tuple[str, float] | None:
         """The figure that tells most; geometry only as long as there is nothing else."""
         for name, value in measurement.metrics.items():
-            if name == "reconstruction/psnr" or is_knn(name) or is_task_score(name):
+            if name == "reconstruction/psnr" or is_knn(name) or is_dense(name) or is_task_score(name):
                 return name, value
         first = next(iter(measurement.metrics.items()), None)
         return first if self._newest is None or self._newest[0].startswith("geometry/") else self._newest

@@ -1,11 +1,13 @@
-"""Where unlabelled probes take their images from."""
+"""Where probes take their images from."""
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from xscale_lightning.callbacks.probe import evaluation_split
+from xscale_lightning.data.datamodule import XScaleDataModule
+from xscale_lightning.errors import UserError
 
 
 def held_out_loader(trainer: Trainer) -> DataLoader[Any] | None:
@@ -20,3 +22,38 @@ def held_out_loader(trainer: Trainer) -> DataLoader[Any] | None:
     while isinstance(loaders, (list, tuple)):
         loaders = loaders[0] if loaders else None
     return loaders if isinstance(loaders, DataLoader) else None
+
+
+def open_probe_data(
+    trainer: Trainer, pl_module: LightningModule, data: XScaleDataModule, stage: str, owner: str
+) -> None:
+    """Make a probe's own data ready, once on every process; the training data is the Trainer's to open.
+
+    Args:
+        trainer: of the run.
+        pl_module: the model.
+        data: what the probe evaluates on.
+        stage: that of the callback's `setup`.
+        owner: class name of the probe, for messages.
+
+    Raises:
+        UserError: if its bands are not the model's.
+    """
+    if data is not getattr(trainer, "datamodule", None):
+        if trainer.local_rank == 0:
+            data.prepare_data()
+        trainer.strategy.barrier(owner)
+        data.setup("fit")
+        if stage == "test":
+            data.setup("test")
+    difference = pl_module.bands.difference(data.bands)  # type: ignore[operator, union-attr]
+    if difference:
+        raise UserError(
+            f"{owner}.data: the bands of {data.name} are not the model's ({difference}); "
+            f"choose the same ones with {owner}.data.bands."
+        )
+
+
+def patch_size(pl_module: LightningModule) -> int:
+    """Pixels per side of a patch; 1 for models that know none."""
+    return getattr(getattr(pl_module, "backbone", None), "patch_size", 1)

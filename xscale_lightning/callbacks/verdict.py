@@ -65,20 +65,25 @@ def is_task_score(name: str) -> bool:
     return re.fullmatch(r"(val|test)/(top1|map_micro|miou|f1)", name) is not None
 
 
+def is_dense(name: str) -> bool:
+    """Whether a metric tells by itself whether a linear layer finds land covers in the patch features."""
+    return name.startswith("dense/") and name.endswith("/miou")
+
+
 def verdict(records: Mapping[str, Record]) -> str:
     """Say in one line whether the run learned, or that nothing measured it."""
     findings = []
     for name, record in records.items():
         if name == "reconstruction/psnr":
             findings.append(_reconstruction(record))
-        elif is_knn(name):
-            findings.append(_knn(name, record))
+        elif is_knn(name) or is_dense(name):
+            findings.append(_score(name, record))
         elif is_task_score(name):
             findings.append(_task(name, record))
     if not findings:
         return (
-            "Nothing here measures whether it learned: give OnlineKNN.data labelled data, or use a method that "
-            "reconstructs pixels with ReconstructionPictures."
+            "Nothing here measures whether it learned: give OnlineKNN.data labelled data or "
+            "OnlineDenseProbe.data masks, or use a method that reconstructs pixels with ReconstructionPictures."
         )
     decided = [finding for finding, _ in findings if finding is not None]
     if not decided:
@@ -113,10 +118,12 @@ def _task(name: str, record: Record) -> tuple[bool, str]:
     return better, f"{text} {'beats' if better else 'does not beat'} {rival[0]} {rival[1]:.3f}"
 
 
-def _knn(name: str, record: Record) -> tuple[bool | None, str]:
+def _score(name: str, record: Record) -> tuple[bool | None, str]:
     """Better or not than at step 0; None where the difference is smaller than two standard errors."""
-    data, metric = name.removeprefix("knn/").rsplit("/", 1)
-    text = f"kNN {'top-1' if metric == 'top1' else 'mAP'} on {data} {record.last:.3f}"
+    kind, rest = name.split("/", 1)
+    data, metric = rest.rsplit("/", 1)
+    what = "dense probe mIoU" if kind == "dense" else f"kNN {'top-1' if metric == 'top1' else 'mAP'}"
+    text = f"{what} on {data} {record.last:.3f}"
     if record.step_0 is None:
         return False, f"{text} (step 0: not measured)"
     if record.step_0_split != record.split:

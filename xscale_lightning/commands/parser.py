@@ -91,7 +91,7 @@ def concise(message: str, options: list[str]) -> str:
         near = difflib.get_close_matches(name.rsplit(".", 1)[-1], options + list(_arguments()), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`--help` and --print_config show what there is."
         return f"unknown option {name!r}: {hint}"
-    if found := re.search(r"Parser key \"(model|data|knn\.data)\".*Given value: (\S+)$", flat):
+    if found := re.search(r"Parser key \"(model|data|knn\.data|dense\.data)\".*Given value: (\S+)$", flat):
         key, value = found.groups()
         names = [cls.__name__ for cls in _subclasses(BASES[key.rsplit(".", 1)[-1]])]
         near = difflib.get_close_matches(value, names, n=1, cutoff=0.4)

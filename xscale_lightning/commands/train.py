@@ -17,17 +17,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import xscale_lightning.data.change
 import xscale_lightning.data.folder
+import xscale_lightning.data.mask_folder
 import xscale_lightning.data.paired
+import xscale_lightning.data.paired_geo
 import xscale_lightning.data.sample
 import xscale_lightning.data.synthetic
 import xscale_lightning.data.torchgeo
+import xscale_lightning.data.treesat
 import xscale_lightning.tasks.change
 import xscale_lightning.tasks.classification
 import xscale_lightning.tasks.segmentation  # noqa: F401 (the class names of these become short names)
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
+    AffinityPictures,
     FeatureGeometry,
+    OnlineDenseProbe,
     OnlineKNN,
+    PairAlignment,
     ProgressBar,
     ReconstructionPictures,
     RunSummary,
@@ -44,9 +50,12 @@ from xscale_lightning.methods.base import SSLModule
 # Key of the configuration -> callback class; every run has them, each configurable under its key.
 CALLBACKS = {
     "checkpoint": ModelCheckpoint,
+    "alignment": PairAlignment,
     "knn": OnlineKNN,
+    "dense": OnlineDenseProbe,
     "geometry": FeatureGeometry,
     "pictures": ReconstructionPictures,
+    "affinity": AffinityPictures,
     "throughput": Throughput,
     "embeddings": EmbeddingWriter,
     "summary": RunSummary,

@@ -1,7 +1,8 @@
 """The data module every `data:` section of a configuration names: our batch, loaders and their checks.
 
 A batch is a dict: `image [B, C, H, W]` float32 in raw sensor units (normalisation happens once, inside the model),
-`gsd [B]` float32 in metres per pixel, and where there are labels `label [B]` int64 or `[B, K]` (multi-label).
+`gsd [B]` float32 in metres per pixel, where there are labels `label [B]` int64 or `[B, K]` (multi-label), and where
+there are masks `mask [B, H, W]` int64, the class of every pixel or `ignore_index`.
 """
 
 import os
@@ -115,6 +116,9 @@ class XScaleDataModule(LightningDataModule):
         image_size: (height, width) of the images in pixels.
         num_classes: number of classes, or None without labels.
         multilabel: whether `label` is `[B, K]` with one column per class.
+        num_mask_classes: number of classes of `mask`, or None without masks.
+        class_names: names of the classes of `mask`, or None if they have none.
+        ignore_index: value in `mask` of pixels that do not count.
         gsd: metres per pixel of samples that do not bring their own, or None.
         downloads: whether `prepare_data` fetches files, so that nothing can be opened before it.
         damage: the damaged files met so far.
@@ -146,6 +150,9 @@ class XScaleDataModule(LightningDataModule):
         self.image_size: tuple[int, int] = (0, 0)
         self.num_classes: int | None = None
         self.multilabel = False
+        self.num_mask_classes: int | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self.ignore_index = -1
         self.gsd: float | None = self.bands.gsd
         self.downloads = False
         self.damage = DamageLog()

@@ -49,6 +49,14 @@ def num_classes(dataset: Any) -> int | None:
     return None
 
 
+def class_names(dataset: Any) -> list[str] | None:
+    """Names of the classes, in order, or None if the dataset does not say."""
+    names = getattr(innermost(dataset), "classes", None)
+    if isinstance(names, Sequence) and not isinstance(names, str) and names and all(isinstance(n, str) for n in names):
+        return list(names)
+    return None
+
+
 def file_of(dataset: Any, index: Any) -> str | None:
     """Path of the file (or folder of files) behind an index, or None if the dataset does not say."""
     while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):

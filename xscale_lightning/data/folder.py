@@ -174,12 +174,7 @@ class ImageFolderData(WrappedData):
         given = self._lists[split]
         if given is None:
             return []
-        places = [given, os.path.join(self._root, given), os.path.join(os.path.dirname(self._root) or ".", given)]
-        place = next((place for place in places if os.path.isfile(place)), None)
-        if place is None:
-            raise UserError(
-                f"data.{split}_list: no file '{given}' here, in '{self._root}' or beside it; give its path."
-            )
+        place = find_list(split, given, self._root)
         names = _names_in(place)
         chosen = [path for path in paths if PurePosixPath(path).stem in names]
         own = [path for path in chosen if self._split_of(path) == split]
@@ -203,6 +198,19 @@ class ImageFolderData(WrappedData):
     def _split_of(self, path: str) -> str | None:
         folders = {part.lower() for part in PurePosixPath(path).parts[: -1 - self._level]}
         return next((split for split, names in SPLIT_FOLDERS.items() if folders.intersection(names)), None)
+
+
+def find_list(split: str, given: str, root: str) -> str:
+    """Path of a split's list file: as given, or in or beside the data's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    places = [given, os.path.join(root, given), os.path.join(os.path.dirname(root) or ".", given)]
+    place = next((place for place in places if os.path.isfile(place)), None)
+    if place is None:
+        raise UserError(f"data.{split}_list: no file '{given}' here, in '{root}' or beside it; give its path.")
+    return place
 
 
 def _names_in(place: str) -> set[str]:

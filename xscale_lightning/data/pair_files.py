@@ -2,7 +2,9 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from xscale_lightning.data.geotiff import Grid
 from xscale_lightning.errors import UserError
@@ -75,17 +77,46 @@ def overlap(a: Grid, b: Grid) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
+def smallest_gap(mr: Iterable[Grid], hr: Iterable[Grid]) -> float:
+    """Metres between the two nearest footprints of one MR and one HR scene; 0 where they touch or overlap."""
+    b = np.array([(g.left, g.top - g.height * g.dy, g.left + g.width * g.dx, g.top) for g in hr])
+    least = np.inf
+    for grid in mr:
+        left, bottom, right, top = (
+            grid.left,
+            grid.top - grid.height * grid.dy,
+            grid.left + grid.width * grid.dx,
+            grid.top,
+        )
+        across = np.maximum(0, np.maximum(b[:, 0] - right, left - b[:, 2]))
+        along = np.maximum(0, np.maximum(b[:, 1] - top, bottom - b[:, 3]))
+        least = min(least, float(np.hypot(across, along).min()) * grid.gsd / np.sqrt(grid.dx * grid.dy))
+    return float(least)
+
+
 def match_by_place(
-    mr: Mapping[str, Grid], hr: Mapping[str, Grid], crs: Mapping[str, str], crs_hr: Mapping[str, str]
+    mr: Mapping[str, Grid],
+    hr: Mapping[str, Grid],
+    crs: Mapping[str, str],
+    crs_hr: Mapping[str, str],
+    suits: Callable[[str, str], bool] = lambda mr, hr: True,
 ) -> tuple[list[Pair], list[str], list[str]]:
     """Pair every MR scene with every HR scene of the same CRS that shares ground with it.
+
+    Args:
+        mr: grids of the MR scenes by name.
+        hr: grids of the HR scenes by name.
+        crs: coordinate system of each MR scene.
+        crs_hr: coordinate system of each HR scene.
+        suits: says whether two scenes (MR name, HR name) that share ground may make a pair.
 
     Returns:
         the pairs (MR name, HR name); MR scenes without a partner; and HR scenes without one.
     """
     index = _Index(list(hr.values()), [crs_hr[name] for name in hr])
     names = list(hr)
-    pairs = [(name, names[i]) for name, grid in mr.items() for i in index.touching(grid, crs[name])]
+    touching = ((name, names[i]) for name, grid in mr.items() for i in index.touching(grid, crs[name]))
+    pairs = [pair for pair in touching if suits(*pair)]
     paired, used = {name for name, _ in pairs}, {name for _, name in pairs}
     return pairs, [name for name in mr if name not in paired], [name for name in names if name not in used]
 

@@ -19,6 +19,7 @@ from xscale_lightning.data.pair_files import (
     match_by_name,
     match_by_place,
     overlapping_groups,
+    smallest_gap,
 )
 from xscale_lightning.data.pair_patches import PairDataset, PairScene
 from xscale_lightning.data.pair_splits import split_groups
@@ -101,6 +102,7 @@ class PairedFolders(SceneFolder):
         if not 0 <= min_shared <= 1:
             raise UserError(f"data.min_shared: {min_shared} is not possible; give a share from 0 to 1.")
         self.root_hr, self.files, self.files_hr = root_hr, files, files_hr
+        self.reader_hr = self.reader
         self.bands_hr: Bands = bands_hr.resolve()
         self._selection_hr, self.file_bands_hr = bands_hr, file_bands_hr
         self.match, self.key, self.group = match, check_pattern(key), check_pattern(group)
@@ -201,32 +203,50 @@ class PairedFolders(SceneFolder):
                 raise UserError("data.match: place needs images with a coordinate system; match by name instead.")
             grids, grids_hr = ({name: image.grid for name, image in part.items()} for part in (mr, hr))
             systems, systems_hr = ({name: str(image.crs) for name, image in part.items()} for part in (mr, hr))
-            pairs, missing, unused = match_by_place(grids, grids_hr, systems, systems_hr)
-        remedy = "data.key, data.files and data.files_hr" if self.match == "name" else "the coordinate systems"
+            pairs, missing, unused = match_by_place(grids, grids_hr, systems, systems_hr, self.suits)
         if not pairs:
-            names = f"such as {next(iter(mr), '-')} and {next(iter(hr), '-')}"
-            raise UserError(
-                f"data.root_hr: none of the {len(hr)} HR images belongs to one of the {len(mr)} MR images by "
-                f"{self.match} ({names}); check {remedy}."
-            )
-        if missing:
-            shown = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-            if self.on_missing == "stop":
-                raise UserError(
-                    f"data.on_missing: {len(missing)} of {len(mr)} MR images have no HR image ({shown}); add them, "
-                    "or set data.on_missing: skip."
-                )
-            logger.warning("%d of %d MR images have no HR image and are left out: %s.", len(missing), len(mr), shown)
+            if self.match == "name":
+                names = f"such as {next(iter(mr), '-')} and {next(iter(hr), '-')}"
+                reason = f"by name ({names}); check data.key, data.files and data.files_hr"
+            else:
+                reason = self._far_apart(mr, hr)
+            counts = f"none of the {len(hr)} HR images belongs to one of the {len(mr)} MR images"
+            raise UserError(f"data.root_hr: {counts} {reason}.")
+        self._report_missing(missing, len(mr))
         if unused:
             logger.warning("%d of %d HR images belong to no MR image and are not used.", len(unused), len(hr))
-        self.missing_hr = len(missing)
         return pairs
+
+    def suits(self, mr: str, hr: str) -> bool:
+        """Whether two images that share ground may make a pair. Hook for subclasses."""
+        return True
+
+    def _far_apart(self, mr: dict[str, PairImage], hr: dict[str, PairImage]) -> str:
+        """Why no two images share ground."""
+        systems = [sorted({str(image.crs) for image in part.values()}) for part in (hr, mr)]
+        if not set(systems[0]) & set(systems[1]):
+            return f"by place: HR is in {', '.join(systems[0])}, MR in {', '.join(systems[1])}; warp one to the other's"
+        gap = smallest_gap([image.grid for image in mr.values()], [image.grid for image in hr.values()])
+        return f"by place: the nearest two lie {gap:.6g} m apart; give images of the same ground"
+
+    def _report_missing(self, missing: Sequence[str], total: int) -> None:
+        """Count MR images without HR and name some of them, or stop the run."""
+        self.missing_hr += len(missing)
+        if not missing:
+            return
+        shown = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        if self.on_missing == "stop":
+            raise UserError(
+                f"data.on_missing: {len(missing)} of {total} MR images have no HR image ({shown}); add them, "
+                "or set data.on_missing: skip."
+            )
+        logger.warning("%d of %d MR images have no HR image and are left out: %s.", len(missing), total, shown)
 
     def _footprints(
         self, pairs: list[tuple[str, str]], mr: dict[str, PairImage], hr: dict[str, PairImage]
     ) -> list[tuple[str, str, Footprint]]:
         """The ground each pair shares; pairs that share too little are left out, or stop the run."""
-        found = []
+        found, slivers = [], {}
         for name, partner in pairs:
             coarse, fine = mr[name], hr[partner]
             path = fine.sources[0].raster.path
@@ -234,15 +254,21 @@ class PairedFolders(SceneFolder):
                 least = self.min_shared if self.match == "name" else 0.0
                 part = pair_footprint(coarse, fine, least, self.patch_size)
             except Misfit as error:
-                if self.on_error == "stop":
+                # By place, neighbours that only just overlap are no mistake of the files: other pairs have that ground.
+                if self.on_error == "stop" and self.match == "name":
                     raise UserError(f"data.root_hr: {path}: {error}; or set data.on_error: skip.") from None
-                self.left_out[path] = str(error)
+                slivers[path] = str(error)
                 continue
             self.worst_disagreement = max(self.worst_disagreement, part.disagreement)
             found.append((name, partner, part))
         if not found:
-            path, reason = next(iter(self.left_out.items()))
+            path, reason = next(iter({**slivers, **self.left_out}.items()))
             raise UserError(f"data.root_hr: no two images make a pair; {path}: {reason}.")
+        if self.match == "name":
+            self.left_out.update(slivers)
+        else:
+            used = {name for name, _, _ in found}
+            self._report_missing(sorted({name for name, _ in pairs} - used), len(mr))
         return found
 
     def _load(
@@ -253,7 +279,7 @@ class PairedFolders(SceneFolder):
         scenes, memory = [], self.cache_mb * 10**6
         for name, partner, part in found:
             coarse = Scene(name, mr[name].sources, part.grid, self.reader)
-            fine = Scene(partner, hr[partner].sources, hr[partner].grid, self.reader)
+            fine = Scene(partner, hr[partner].sources, hr[partner].grid, self.reader_hr)
             label = name if self.match == "name" else f"{name} + {partner}"
             pair = PairScene(label, coarse, fine, part, self.ratio)
             try:

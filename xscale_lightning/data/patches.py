@@ -31,6 +31,8 @@ class Scene:
         self.name, self.sources, self.grid, self.reader = name, tuple(sources), grid, reader
         self.labels: np.ndarray | None = None
         """`[H / snap, W / snap]` class of the patch that starts at each snapped origin; None without labels."""
+        self.classes: np.ndarray | None = None
+        """`[H, W]` class of every pixel; None without masks."""
         self._memory: tuple[np.ndarray, np.ndarray | None] | None = None
 
     @property
@@ -98,8 +100,9 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict: `image [C, h, w]` float32 in raw units, `gsd` (metres per pixel), `origin [3]` (scene number,
     row, column), and where asked for or known `label`, `valid [h, w]` (bool: no band is without data), `image_hr` and
-    `gsd_hr`. Pixels without data hold the band's `fill` value. Unreadable or mostly empty patches are never delivered:
-    a random sample is drawn anew, a listed one is left out of its batch.
+    `gsd_hr`; in lists, not in random patches, `mask` (int64, the class of every pixel of the finest image). Pixels
+    without data hold the band's `fill` value. Unreadable or mostly empty patches are never delivered: a random sample
+    is drawn anew, a listed one is left out of its batch.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         self.samples, self.seed, self.max_nodata = samples, seed, max_nodata
         self.stop_on_error, self.validity = stop_on_error, validity
         self.labelled = all(scene.labels is not None for scene in scenes)
+        self.classed = isinstance(origins, np.ndarray) and all(scene.classes is not None for scene in scenes)
         self.damage = DamageLog() if damage is None else damage
         self.failed = torch.zeros(len(self.scenes), dtype=torch.uint8).share_memory_()
         """`[scenes]` 1 where a read has failed; shared by all worker processes."""
@@ -201,14 +205,18 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             return False
         image[...] = pixels
         if mask is not None:
-            every_band = mask.all(axis=0)
-            if 1.0 - every_band.mean() > self.max_nodata:
+            present = self.present(mask)
+            if 1.0 - present.mean() > self.max_nodata:
                 return False
-            if not every_band.all():
+            if not mask.all():
                 np.copyto(image, self.fill[:, None, None], where=~mask)
             if valid is not None:
-                valid[...] = every_band
+                valid[...] = present
         return True
+
+    def present(self, valid: np.ndarray) -> np.ndarray:
+        """Which pixels `[h, w]` count as having data, from the validity `[C, h, w]` of their bands."""
+        return valid.all(axis=0)
 
     def report(self, error: UnreadableFile, scene: int) -> None:
         """Count a patch that could not be read, and name its file once."""
@@ -227,8 +235,15 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             batch["valid"] = torch.from_numpy(valid)
         if self.labelled:
             batch["label"] = torch.tensor([self._label(*place) for place in places.tolist()])
+        if self.classed:
+            batch["mask"] = torch.stack([self._mask(*place) for place in places.tolist()])
         batch["origin"] = torch.from_numpy(places)
         return batch
+
+    def _mask(self, scene: int, row: int, col: int) -> Tensor:
+        classes = self.scenes[scene].classes
+        assert classes is not None
+        return torch.from_numpy(classes[row : row + self.size[0], col : col + self.size[1]].astype(np.int64))
 
     def _label(self, scene: int, row: int, col: int) -> int:
         snap, labels = self.scenes[scene].grid.snap, self.scenes[scene].labels

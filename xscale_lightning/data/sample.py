@@ -89,7 +89,8 @@ class SampleScene(SceneFolder):
     beach. It is held in memory, so patches cost microseconds. Band statistics are those of the cut itself.
 
     Labels are *index classes, not ground truth*: `index_classes` by thresholds on spectral indices, then the majority
-    in the middle of the patch, or "mixed" (`patch_labels`). They tell whether features separate surfaces better than at
+    in the middle of the patch, or "mixed" (`patch_labels`); `mask`, in the fixed grids, is the class of every pixel, at
+    the resolution of `image_hr` where there are pairs. They tell whether features separate surfaces better than at
     step 0. They do not tell whether features are good for land cover: every label is a function of four of the bands,
     neighbouring patches resemble each other, and mean and standard deviation per band already score well.
     """
@@ -146,6 +147,7 @@ class SampleScene(SceneFolder):
         self.name = "sample"
         self.num_classes = len(CLASSES)
         self.classes = CLASSES
+        self.num_mask_classes, self.class_names = MIXED, CLASSES[:MIXED]
         if bands.mean is None:
             measured = sample_record()["bands"]
             order = match_names(self.bands.names, tuple(measured), "the embedded scene")
@@ -158,4 +160,5 @@ class SampleScene(SceneFolder):
         grid: Grid = scene.grid
         pixels, _ = self.reader.read(sources, grid, 0, 0, grid.height, grid.width)
         green, red, nir, swir = pixels
-        scene.labels = patch_labels(index_classes(green, red, nir, swir), self.patch_size, grid.snap)
+        scene.classes = index_classes(green, red, nir, swir)
+        scene.labels = patch_labels(scene.classes, self.patch_size, grid.snap)

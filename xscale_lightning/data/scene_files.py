@@ -23,24 +23,30 @@ SceneBands = dict[str, Source]
 """Band key (`band_key`) -> where to read it."""
 
 
-def list_rasters(root: str, files: str | None = None, argument: str = "root") -> list[str]:
+def list_rasters(
+    root: str,
+    files: str | None = None,
+    argument: str = "root",
+    suffixes: tuple[str, ...] = SUFFIXES,
+) -> list[str]:
     """Paths of all raster files below a folder, sorted; hidden folders are left out.
 
     Args:
         root: the folder.
         files: regular expression; only files whose path below `root` it is found in; None takes all.
         argument: of the data module that names the folder, for messages.
+        suffixes: endings of the files to list, in small letters.
 
     Raises:
         UserError: if the folder is missing or holds no raster.
     """
-    remedy = f"data.{argument} must be a folder of rasters ({', '.join(SUFFIXES)})."
+    remedy = f"data.{argument} must be a folder of rasters ({', '.join(suffixes)})."
     if not os.path.isdir(root):
         raise UserError(f"data.{argument}: folder '{root}' does not exist; {remedy}")
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+        found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(suffixes)]
     if not found:
         raise UserError(f"data.{argument}: folder '{root}' holds no raster; {remedy}")
     if files is None:
@@ -111,6 +117,7 @@ def find_scenes(
     orders: Sequence[Sequence[str]] = (),
     files: str | None = None,
     argument: str = "root",
+    suffixes: tuple[str, ...] = SUFFIXES,
 ) -> tuple[dict[str, SceneBands], dict[str, str]]:
     """Group the rasters below `root` into scenes that have all `wanted` bands.
 
@@ -122,6 +129,7 @@ def find_scenes(
         orders: without `file_bands`, band orders that such a file is taken to have if the number of bands agrees.
         files: regular expression for the files' paths below `root`; see `list_rasters`.
         argument: of the data module that names the folder, for messages.
+        suffixes: endings of the files to look at.
 
     Returns:
         scenes by name, in order, each with at least the wanted bands; and why files or scenes were left out, by path.
@@ -136,7 +144,7 @@ def find_scenes(
     found: set[str] = set()
     unnamed: set[int] = set()
     assumed: dict[Sequence[str], int] = defaultdict(int)
-    for path in list_rasters(root, files, argument):
+    for path in list_rasters(root, files, argument, suffixes):
         try:
             raster = inspect(path)
         except UnreadableFile as error:

@@ -13,9 +13,9 @@ from xscale_lightning.data.band_checks import check_bands
 from xscale_lightning.data.bands import SENSORS, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap, fixed_origins, origin_cells, split_blocks
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
-from xscale_lightning.data.geotiff import RasterReader, UnreadableFile, common_grid
+from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, UnreadableFile, common_grid
 from xscale_lightning.data.patches import EpochSampler, PatchDataset, Scene, collate, stop_message
-from xscale_lightning.data.scene_files import find_scenes
+from xscale_lightning.data.scene_files import SceneBands, find_scenes
 from xscale_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -191,9 +191,7 @@ class SceneFolder(XScaleDataModule):
     def _open(self) -> tuple[list[Scene], list[BlockMap]]:
         """Find, check and load the scenes, and deal their area out to the splits; once per process."""
         if self._opened is None:
-            found, self.left_out = find_scenes(
-                self.root, self.bands.names, self.known_bands, self.file_bands, self.file_orders
-            )
+            found, self.left_out = self.find_files()
             if self.on_error == "stop":
                 self._report_left_out([])
             scenes = []
@@ -215,10 +213,24 @@ class SceneFolder(XScaleDataModule):
                     self.left_out[error.path] = error.reason
             self._report_left_out(scenes)
             check_bands(scenes, self.bands.names, self.root)
-            grids = [scene.grid for scene in scenes]
-            maps = split_blocks(grids, self.patch_size, self.fractions, self.block_size, self.split_seed)
-            self._opened = scenes, maps
+            self._opened = scenes, self.split_area(scenes)
         return self._opened
+
+    def find_files(self) -> tuple[dict[str, SceneBands], dict[str, str]]:
+        """Scenes with all bands, by name, and why files were left out. Hook for subclasses."""
+        return self.find_images()
+
+    def find_images(
+        self, files: str | None = None, suffixes: tuple[str, ...] = SUFFIXES
+    ) -> tuple[dict[str, SceneBands], dict[str, str]]:
+        """Scenes below `root` as `find_scenes` finds them; of all files those that fit the regular expression."""
+        known, orders = self.known_bands, self.file_orders
+        return find_scenes(self.root, self.bands.names, known, self.file_bands, orders, files, suffixes=suffixes)
+
+    def split_area(self, scenes: Sequence[Scene]) -> list[BlockMap]:
+        """Which part of which scene belongs to which split. Hook for subclasses."""
+        grids = [scene.grid for scene in scenes]
+        return split_blocks(grids, self.patch_size, self.fractions, self.block_size, self.split_seed)
 
     def prepare_scene(self, scene: Scene, files: dict[str, Any]) -> None:
         """Add to a scene that was opened; `files` says where to read each of its bands. Hook for subclasses."""

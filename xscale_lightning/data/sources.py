@@ -36,12 +36,30 @@ def arguments(factory: Callable[..., Any]) -> dict[str, Any]:
     return defaults | getattr(factory, "keywords", {})
 
 
-def build(factory: Callable[..., Any], name: str, root: str | None, download: bool, **options: Any) -> Dataset[Any]:
+def build(
+    factory: Callable[..., Any],
+    name: str,
+    root: str | None,
+    download: bool,
+    *,
+    windows: bool = False,
+    argument: str = "data.root",
+    **options: Any,
+) -> Dataset[Any]:
     """Call a dataset's constructor with our root, download and `options`.
+
+    Args:
+        factory: dataset class, or what makes one.
+        name: of the data, for messages.
+        root: folder, handed over as `root` or `paths`; None leaves the constructor's own.
+        download: whether the dataset is to download itself.
+        windows: whether it is to be a GeoDataset, which is read in windows; else it must not be one.
+        argument: what the user calls the folder.
+        **options: other arguments of the constructor.
 
     Raises:
         UserError: if the folder is missing or empty and nothing is to be downloaded into it, if the dataset does not
-            find itself there, or if it is a GeoDataset, which has no samples without a sampler.
+            find itself there, or if it is a GeoDataset where it must not be one, or the other way round.
     """
     accepted = arguments(factory)
     place = next((key for key in ("root", "paths") if key in accepted), None)
@@ -56,12 +74,14 @@ def build(factory: Callable[..., Any], name: str, root: str | None, download: bo
     folder = options.get(place, accepted.get(place)) if place is not None else None
     remedy = "give the folder with the data" + (", or set data.download to true." if "download" in accepted else ".")
     source = _guarded(
-        lambda: factory(**options), name, folder, options.get("download", accepted.get("download")), remedy
+        lambda: factory(**options), name, folder, options.get("download", accepted.get("download")), remedy, argument
     )
-    if hasattr(source, "crs"):
+    if windows and not all(hasattr(source, part) for part in ("crs", "res", "index")):
+        raise UserError(f"data.dataset: {name} is no GeoDataset of TorchGeo, so nothing says where it lies; give one.")
+    if hasattr(source, "crs") and not windows:
         raise UserError(f"data.dataset: {name} is read in windows; give its data module as data.datamodule instead.")
     if len(source) == 0:
-        raise UserError(f"data.root: '{folder}' holds no sample of {name}; {remedy}")
+        raise UserError(f"{argument}: '{folder}' holds no sample of {name}; {remedy}")
     return source
 
 
@@ -94,12 +114,14 @@ def from_datamodule(module: Any, split: str) -> tuple[Dataset[Any] | None, dict[
     return source, {}
 
 
-def _guarded(open_source: Callable[[], Any], name: str, folder: Any, downloads: Any, remedy: str) -> Any:
+def _guarded(
+    open_source: Callable[[], Any], name: str, folder: Any, downloads: Any, remedy: str, argument: str = "data.root"
+) -> Any:
     """Check the folder, open the source, and turn "not found" into one line."""
-    if isinstance(folder, (str, os.PathLike)) and not downloads:
-        check_folder("data.root", folder, remedy)
+    if isinstance(folder, (str, os.PathLike)) and not downloads and not os.path.isfile(folder):
+        check_folder(argument, folder, remedy)
     try:
         return open_source()
     except OSError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"data.root: '{folder}' holds no usable {name} data ({reason}); {remedy}") from error
+        raise UserError(f"{argument}: '{folder}' holds no usable {name} data ({reason}); {remedy}") from error

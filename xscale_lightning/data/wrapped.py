@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from xscale_lightning.data import describe
 from xscale_lightning.data.bands import BandSelection, match_names
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
+from xscale_lightning.data.labels import LabelMap, settle_classes
 from xscale_lightning.data.reading import OnError, Reader, check_on_error
 from xscale_lightning.errors import UserError
 
@@ -35,12 +36,15 @@ class Prepare:
     """Metres per pixel the user gave; wins over the data's own."""
     preset_gsd: float | None
     """Metres per pixel of the sensor preset, where nothing else says it."""
+    label_map: LabelMap | None = None
+    """From mask values to classes; None leaves masks as they are."""
 
     def __call__(self, sample: Mapping[str, Any], index: Any) -> dict[str, Any]:
         """Return `image [C, H, W]` float32 in raw units, `gsd`, and `label`, `mask` and `file` where there are any.
 
         Raises:
-            UserError: if the image has another number of channels than named, or the gsd is not known.
+            UserError: if the image has another number of channels than named, the gsd is not known, or the mask has
+                another size than the image or a value that is no class.
         """
         if "image" not in sample:
             raise UserError(f"data: samples of {self.owner} have no 'image', only {', '.join(sample)}.")
@@ -54,7 +58,7 @@ class Prepare:
         if "label" in sample:
             result["label"] = torch.as_tensor(sample["label"]).long()
         if "mask" in sample:
-            result["mask"] = torch.as_tensor(sample["mask"]).squeeze(0).long()
+            result["mask"] = self._mask(torch.as_tensor(sample["mask"]), image, index)
         gsd = self.gsd or describe.gsd_of(self.source, sample, index) or self.preset_gsd
         if gsd is None:
             raise UserError("data.gsd: neither the data nor the sensor preset say it; set it to metres per pixel.")
@@ -65,6 +69,18 @@ class Prepare:
         result["gsd"] = torch.tensor(gsd)
         file = describe.file_of(self.source, index)
         return result if file is None else result | {"file": file}
+
+    def _mask(self, mask: Tensor, image: Tensor, index: Any) -> Tensor:
+        mask = mask.squeeze(0)
+        if self.label_map is None:  # whatever it is, nobody asks for classes
+            return mask.long()
+        where = describe.file_of(self.source, index) or f"sample {index} of {self.owner}"
+        if mask.shape != image.shape[1:]:
+            raise UserError(
+                f"masks: the mask of {where} has shape {tuple(mask.shape)}, its image {tuple(image.shape)}; one class "
+                "per pixel is needed."
+            )
+        return torch.from_numpy(self.label_map(mask.numpy(), where)).long()
 
 
 def resize(array: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,6 +102,9 @@ class WrappedData(XScaleDataModule):
         num_classes: int | None = None,
         multilabel: bool | None = None,
         name: str | None = None,
+        labels: dict[int, int] | None = None,
+        class_names: list[str] | None = None,
+        ignore: list[int] | None = None,
         on_error: OnError = "skip",
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -97,9 +116,12 @@ class WrappedData(XScaleDataModule):
             channels: names of all channels the data delivers, in its order, where it does not say them itself.
             gsd: metres per pixel; null takes it from the data, else from the sensor preset.
             image_size: height and width in pixels to resize to (the gsd follows); null leaves images as they are.
-            num_classes: number of classes; null asks the data.
+            num_classes: number of classes, of labels or of masks; null asks the data.
             multilabel: whether an image has several labels; null looks at the first one.
             name: short name for the log; null makes one.
+            labels: class number by value in masks, such as {10: 0, 20: 1}; null takes the values themselves.
+            class_names: names of the classes of masks; null asks the data.
+            ignore: values in masks of pixels that do not count; they become -1.
             on_error: "skip" puts another sample in the place of a file that cannot be read and counts it; "stop" stops.
             batch_size: samples per device and step.
             num_workers: processes that read files; 0 reads in the training process, null chooses from the CPU count.
@@ -117,6 +139,7 @@ class WrappedData(XScaleDataModule):
         self._channels, self._given_gsd = channels, gsd
         self._on_error: OnError = on_error
         self._given_classes, self._given_multilabel = num_classes, multilabel
+        self._labels, self._given_names, self._ignore = labels, class_names, ignore or []
         self.image_size = self._size or (0, 0)
         self.num_classes, self.multilabel = num_classes, bool(multilabel)
         self.gsd = gsd or self.bands.gsd
@@ -157,4 +180,20 @@ class WrappedData(XScaleDataModule):
         if "label" in first:
             self.num_classes = self._given_classes or describe.num_classes(source)
             self.multilabel = first["label"].ndim == 1 if self._given_multilabel is None else self._given_multilabel
+        elif "mask" in first and first["mask"].ndim == 2:
+            prepare.label_map = self._masks(source)
         return reader
+
+    def _masks(self, source: Dataset[Any]) -> LabelMap | None:
+        """Learn the classes of masks; None where nothing says how many there are."""
+        names = self._given_names
+        said = describe.class_names(source)
+        if names is None and not self._labels and said and self._given_classes in (None, len(said)):
+            names = said
+        count = self._given_classes or (None if names or self._labels else describe.num_classes(source))
+        self.num_classes = None  # that is of image labels
+        if not (names or count or self._labels):
+            return None
+        label_map, self.class_names = settle_classes(self._labels, names, count, self._ignore)
+        self.num_mask_classes = len(self.class_names)
+        return label_map

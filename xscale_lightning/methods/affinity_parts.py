@@ -1,41 +1,52 @@
-"""Parts of spatial affinity: tokens at given places by any encoder, pooled children, and what a teacher is."""
+"""Parts of spatial affinity: tokens at given places by any encoder, pooled children, frozen teachers."""
 
-from argparse import ArgumentError
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from xscale_lightning import checkpoints
+from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
 from xscale_lightning.losses import at_least_float32
 from xscale_lightning.masking import children
-from xscale_lightning.methods.base import SSLModule
-from xscale_lightning.methods.discovery import load_class
 from xscale_lightning.models.pos_embed import finer_positions
 from xscale_lightning.models.tokens import Tokens, pad_rows, real_rows
-from xscale_lightning.models.vit import ViT
+from xscale_lightning.models.vit import Encoder, ViT
+from xscale_lightning.pretrained import load_backbone
 
 BLOCK_SIDES = (0.4, 0.7)  # of the grid; published
-SHARED = ("bands", "backbone", "optimizer", "views", "attention")
 
 
-def build_host(name: str, arguments: Mapping[str, Any], shared: Mapping[str, Any]) -> SSLModule:
-    """The host method `name` (announced name or class path) with its own and the shared arguments.
+def load_teacher(path: str, student: Encoder, records: Sequence[Bands]) -> Encoder:
+    """The encoder of a checkpoint as a teacher that stays as it is, for a student with encoder `student`.
+
+    Args:
+        path: checkpoint of any method.
+        student: its patches must be those of the teacher, in pixels and bands.
+        records: the teacher must have been trained on the bands of one of these.
 
     Raises:
-        UserError: no such method, arguments it does not have, or some that the wrapper is to be given.
+        UserError: no such file, other bands, or patches of another size.
     """
-    if twice := sorted(set(arguments) & set(SHARED)):
-        raise UserError(f"host_args has {', '.join(twice)}: give them to spatial_affinity, the host takes its own.")
-    cls = load_class(name)
-    try:
-        return checkpoints.build_method(cls, checkpoints.plain({**arguments, **shared}))
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"host_args {dict(arguments)} do not fit host {name!r}: {reason}") from error
+    if not Path(path).is_file():
+        raise UserError(f"model.teacher {path!r} is no file: give host, own or the path of a checkpoint.")
+    encoder, bands = load_backbone(path)
+    differences = [record.difference(bands) for record in records]
+    if all(differences):
+        raise UserError(f"model.teacher {path!r} was trained on other bands: {differences[-1]}.")
+    side = math.lcm(encoder.patch_size, student.patch_size)
+    theirs, ours = (x.token_grid(side, side) for x in (encoder, student))
+    if theirs != ours:
+        raise UserError(
+            f"model.teacher {path!r} has patches of {encoder.patch_size} pixels in {theirs[0]} group(s) of bands and "
+            f"the student of {student.patch_size} in {ours[0]}: take a teacher with the student's patches."
+        )
+    return encoder.requires_grad_(False)
 
 
 def encode_at(encoder: nn.Module, images: Tensor, kept: Tensor, gsd: Tensor | None, lengths: Any = None) -> Tokens:
@@ -89,3 +100,17 @@ def random_block(count: int, grid: tuple[int, int, int], device: torch.device) -
     x = left[:, None] + torch.arange(columns, device=device)  # [B, w]
     plane = (y[:, :, None] * width + x[:, None]).flatten(1)  # [B, h * w]
     return (torch.arange(groups, device=device)[:, None] * (height * width) + plane[:, None]).flatten(1)
+
+
+@contextmanager
+def outputs(encoder: nn.Module, watching: bool = True) -> Iterator[list[Tokens]]:
+    """Inside, the list takes all tokens that `encoder` hands on; with `watching` false it stays empty."""
+    taken: list[Tokens] = []
+    if not watching:
+        yield taken
+        return
+    handle = encoder.register_forward_hook(lambda _module, _inputs, tokens: taken.append(tokens))  # pyright: ignore[reportArgumentType]
+    try:
+        yield taken
+    finally:
+        handle.remove()

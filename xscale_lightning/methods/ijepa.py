@@ -81,7 +81,7 @@ class IJEPA(SSLModule):
             predictor.dim,
             predictor.depth,
             predictor.num_heads or heads,
-            backbone.mlp_ratio,
+            predictor.mlp_ratio,
             backbone.norm_eps,
             GSDPositions(predictor.dim, backbone.reference_gsd) if backbone.position == "gsd" else None,
         )
@@ -119,8 +119,12 @@ class IJEPA(SSLModule):
         x = pad_rows(context, blocks.lengths)[blocks.order]  # [C * B, K, D], K the longest
         places = pad_rows(blocks.context % blocks.places, blocks.lengths)[blocks.order]
         lengths = [blocks.lengths[rank] for rank in blocks.ranks]
-        parts = zip(x.split(count), places.split(count), range(0, len(lengths), count), strict=True)
-        return [Tokens(x, grid, k, lengths=tuple(lengths[i : i + count])) for x, k, i in parts]
+        found = []
+        for i in range(0, len(lengths), count):  # every context as wide as its own longest
+            real = tuple(lengths[i : i + count])
+            padded = (part[i : i + count, : max(real)] for part in (x, places))
+            found.append(Tokens(next(padded), grid, next(padded), lengths=real))
+        return found
 
     def encode_context(self, images: Tensor, blocks: Blocks, gsd: Tensor | None = None) -> Tensor:
         """Encoded tokens of all context sequences `[N, D]`, in the order of `blocks.context`."""

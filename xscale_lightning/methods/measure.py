@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.models.attention import set_backend
@@ -38,34 +37,28 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-class _Loss(nn.Module):
-    """A method's `step` as a module, for `functional_call`."""
-
-    def __init__(self, method: "SSLModule") -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, sample: dict[str, Any]) -> torch.Tensor:
-        return self.method.step(sample).loss
-
-
 def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     """Floating-point operations of `step` forward and backward on a prepared batch.
 
     Weights, gradients, buffers and random numbers stay as they are. Matrix products count, element-wise work does not.
     """
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    owned = [(child, name, p) for child in module.modules() for name, p in child.named_parameters(recurse=False)]
     parameters = [p for p in module.parameters() if p.requires_grad]
     devices = [module.device] if module.device.type == "cuda" else []
     set_backend(module, "math")  # its matrix products are all counted
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
             # Views stand in for the parameters: the counter's hooks refuse a module that returns a parameter as it is,
-            # such as a learned position table.
-            views = {f"method.{name}": p.view_as(p) for name, p in module.named_parameters() if p.requires_grad}
-            loss = functional_call(_Loss(module), views, (sample,), strict=False)
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            # such as a learned position table. Not by `functional_call`, which leaves stand-ins behind in a module that
+            # is registered twice.
+            for child, name, p in owned:
+                if p.requires_grad:
+                    child._parameters[name] = p.view_as(p)  # type: ignore[assignment]
+            torch.autograd.grad(module.step(sample).loss, parameters, allow_unused=True)
     finally:
+        for child, name, p in owned:
+            child._parameters[name] = p
         set_backend(module, module.attention)
         for buffer, value in buffers:
             buffer.copy_(value)

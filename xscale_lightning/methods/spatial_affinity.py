@@ -16,13 +16,9 @@ count and not the first alone, any ratio pools by the mean, and any method can b
 saw (`StepOutput.student`).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xscale_lightning.data.bands import Bands
@@ -30,21 +26,38 @@ from xscale_lightning.data.views import Views
 from xscale_lightning.ema import EMA
 from xscale_lightning.errors import UserError
 from xscale_lightning.losses import affinity_features, affinity_gram, off_diagonal_affinity
-from xscale_lightning.methods.affinity_parts import build_host, encode_at, pooled_children, random_block
-from xscale_lightning.methods.base import Batch, SSLModule, StepOutput
+from xscale_lightning.methods.affinity_pairs import (
+    check_pair,
+    check_paired_data,
+    enlarged,
+    hr_alone,
+    hr_in_units_of_mr,
+    pair_fits,
+    without_hr,
+)
+from xscale_lightning.methods.affinity_parts import (
+    encode_at,
+    load_teacher,
+    outputs,
+    pooled_children,
+    random_block,
+)
+from xscale_lightning.methods.base import Batch, StepOutput
+from xscale_lightning.methods.hosted import HostedMethod
+from xscale_lightning.methods.measure import evaluation
 from xscale_lightning.models.attention import Backend
 from xscale_lightning.models.heads import ProjectedEncoder
+from xscale_lightning.models.pos_embed import finer_positions
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
-from xscale_lightning.pretrained import load_backbone
 from xscale_lightning.schedules import Rise, Schedule
 
 Source = Literal["pair", "mr", "hr", "interpolated"]
 LOSSES = {"gram": affinity_gram, "features": affinity_features}
 
 
-class SpatialAffinity(SSLModule):
+class SpatialAffinity(HostedMethod):
     """A host method whose student also learns how high-resolution patches resemble each other.
 
     Args:
@@ -107,24 +120,19 @@ class SpatialAffinity(SSLModule):
         init_from: str | None = None,
         adapt_bands: bool = False,
     ) -> None:
-        super().__init__(bands, backbone, optimizer, views, attention, init_from, adapt_bands)
+        super().__init__(host, host_args, bands, backbone, optimizer, views, attention, init_from, adapt_bands)
         if ratio < 1:
             raise UserError(f"ratio must be a whole number of HR pixels per MR pixel, at least 1, got {ratio}.")
         if weight < 0 or not 0 <= start <= 1 or not 0 <= warmup <= 1:
             raise UserError(
                 f"weight must not be negative, start and warmup must be in [0, 1], got {weight}, {start}, {warmup}."
             )
-        shared = {"bands": self.bands, "backbone": backbone, "optimizer": optimizer, "views": views}
-        self.host = build_host(host, host_args or {}, {**shared, "attention": attention})
-        self.backbone, self.views = self.host.backbone, self.host.views
         self.sample_wise = self.host.sample_wise and tokens == "host"
-        self.undecayed = self.host.undecayed
         self.ratio, self.source, self.tokens, self.feature = ratio, source, tokens, feature
         self.hr_positions: Literal["native", "aligned"] = hr_positions
         self.kind, self.affinity = loss, LOSSES[loss]
-        self.host.paired = source == "pair"
-        self._targets, self._schedules = self.host._targets, self.host._schedules
-        self.teacher_name, self._frozen = teacher, ()
+        self.host.paired = True  # what it gets has HR for `pair` alone
+        self.teacher_name, self._frozen, self.bands_hr = teacher, (), self.bands
         self.register_buffer("gain_hr", torch.ones_like(self.mean), persistent=False)
         self.register_buffer("shift_hr", torch.zeros_like(self.mean), persistent=False)
         if self.compares:
@@ -143,108 +151,47 @@ class SpatialAffinity(SSLModule):
         elif name == "host" and self.host.target_encoder is None:
             raise UserError(f"{type(self.host).__name__} has no EMA that could teach: set teacher to own.")
 
-    # ---- what is the host's ----------------------------------------------------------------------------------------
-
-    @property
-    def feature_encoder(self) -> Any:
-        """The host's."""
-        return self.host.feature_encoder
-
-    @property
-    def student_encoder(self) -> nn.Module:
-        """The host's."""
-        return self.host.student_encoder
-
-    @property
-    def target_encoder(self) -> EMA | None:
-        """The host's."""
-        return self.host.target_encoder
-
     @property
     def method_name(self) -> str:
         """`sa_` and the host's."""
         return f"sa_{self.host.method_name}"
 
-    def scaling(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """The host's."""
-        return self.host.scaling(raw)
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """The host's."""
-        return self.host.token_grid(height, width)
-
-    def check_size(self, height: int, width: int) -> None:
-        """The host's."""
-        self.host.check_size(height, width)
-
-    def encode(self, batch: Batch) -> Tokens:
-        """Tokens of the batch's `image`, whatever the source of training."""
-        return self.host.encode(_without_hr(batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As the base; the host's schedules follow the same plan."""
-        optimizer = super().configure_optimizers()
-        self.host.plan = self.plan
-        return optimizer
-
     # ---- data ------------------------------------------------------------------------------------------------------
 
     def check_data(self, data: Any, fitting: bool) -> None:
-        """Refuse also pairs of another ratio; HR of another sensor is brought to the MR bands' units by `bands_hr`."""
-        self.host.check_data(data, fitting)
-        super().check_data(data, fitting)
-        given = getattr(
-            data, "ratio" if hasattr(data, "ratio") else "pair_ratio", None
-        )  # pairs of files; degraded ones
-        if fitting and self.source in ("pair", "hr") and given is not None and given != self.ratio:
-            raise UserError(
-                f"source {self.source} with ratio {self.ratio}, the data's pairs have ratio {given}: set them alike."
-            )
+        """Refuse also pairs that do not fit and a teacher that cannot teach; learn the statistics of HR."""
+        if fitting and self.source in ("pair", "hr"):
+            check_paired_data(data, self.bands, self.ratio, self.source)
         finer: Bands | None = getattr(data, "bands_hr", None)
         if finer is not None and len(finer) == len(self.bands):
-            mean, std = (torch.tensor(x).view(1, -1, 1, 1).to(self.mean) for x in (finer.means, finer.stds))
-            self.gain_hr = self.std / std
-            self.shift_hr = self.mean - mean * self.gain_hr
+            self.bands_hr = finer
+            self.gain_hr, self.shift_hr = hr_in_units_of_mr(self.bands, finer, like=self.mean)
+        if fitting and self.compares:
+            self.teacher(self.mean.device)
+        super().check_data(data, fitting)
+        if self.source == "hr" and getattr(data, "image_size", None):
+            self.check_size(*(self.ratio * side for side in data.image_size))  # what validation sees
+
+    def encode(self, batch: Batch) -> Tokens:
+        """Tokens of the batch's `image`, whatever the source of training."""
+        return self.host.encode(without_hr(batch))
 
     def prepare(self, batch: Batch, augment: bool = False) -> Batch:
-        """As the host; with `image_hr` normalised and augmented by the same draws, as the source says."""
+        """As the host; with `image_hr` in MR's units and augmented by the same draws, as the source says."""
         if self.source in ("pair", "hr"):
-            self._check_pair(batch)
-            finer = batch["image_hr"].to(self.mean.dtype) * self.gain_hr + self.shift_hr
-            batch = {**batch, "image_hr": finer}
+            check_pair(batch, self.ratio, self.source)
+        if self.source == "pair":
+            return self._prepare_pair(batch, augment)
         if self.source == "hr":
-            batch = {**batch, "image": batch["image_hr"], "gsd": batch.get("gsd_hr")}
-        if self.source != "pair":
-            batch = {key: value for key, value in _without_hr(batch).items() if key != "gsd" or value is not None}
-        prepared = self.host.prepare(batch, augment)
-        if self.source == "interpolated":
-            images, gsd = prepared["image"], prepared.get("gsd")
-            prepared["image_hr"] = F.interpolate(
-                images, scale_factor=self.ratio, mode="bilinear", align_corners=False
-            ).to(images.dtype)
-            if gsd is not None:
-                prepared["gsd_hr"] = gsd / self.ratio
-        return prepared
+            return self.host.prepare(hr_alone(self._in_units_of_mr(batch)), augment)
+        batch = self.host.prepare(without_hr(batch), augment)
+        return enlarged(batch, self.ratio) if self.source == "interpolated" else batch
 
-    def _check_pair(self, batch: Batch) -> None:
-        coarse, fine = batch["image"], batch.get("image_hr")
-        if fine is None:
-            raise UserError(
-                f"source {self.source} needs batch['image_hr'] and the data deliver none: take paired data (with "
-                "SceneFolder or SampleScene data.pair_ratio), or set model.source to mr or interpolated."
-            )
-        if fine.shape[1] != coarse.shape[1]:
-            raise UserError(
-                f"image has {coarse.shape[1]} bands and image_hr {fine.shape[1]}: choose the same bands for both."
-            )
-        sizes = [tuple(x.shape[-2:]) for x in (coarse, fine)]
-        if sizes[1] != (sizes[0][0] * self.ratio, sizes[0][1] * self.ratio):
-            (h, w), (fine_h, fine_w) = sizes
-            whole = fine_h % h == 0 and fine_w % w == 0 and fine_h // h == fine_w // w
-            remedy = f"set model.ratio to {fine_h // h}" if whole else "deliver HR at a whole multiple of the MR size"
-            raise UserError(
-                f"image_hr of {fine_h} x {fine_w} pixels is not {self.ratio} times the image of {h} x {w}: {remedy}."
-            )
+    def _prepare_pair(self, batch: Batch, augment: bool) -> Batch:
+        return self.host.prepare(self._in_units_of_mr(batch), augment)
+
+    def _in_units_of_mr(self, batch: Batch) -> Batch:
+        return {**batch, "image_hr": batch["image_hr"].to(self.mean.dtype) * self.gain_hr + self.shift_hr}
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -252,7 +199,8 @@ class SpatialAffinity(SSLModule):
         """The host's loss, and the affinity loss of what its student saw."""
         if not self.compares:
             return self.host.step(batch)
-        with self._watched() as unprojected:
+        beheaded = self._part(self.student_encoder) is not self.student_encoder
+        with outputs(self.backbone, watching=beheaded) as unprojected:
             output = self.host.step(batch)
         seen = list(unprojected or output.student)
         batch = output.encoded or batch
@@ -297,6 +245,27 @@ class SpatialAffinity(SSLModule):
                 found.setdefault(f"affinity_{name}", []).append(off_diagonal_affinity(x, lengths))
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
+    def affinity_maps(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """What can be compared in a raw batch of which nothing is hidden, in evaluation mode and without gradients.
+
+        Of real HR wherever the batch has it, whatever the source of training, so that runs can be compared.
+
+        Returns:
+            The student's tokens of MR `[B, D, h, w]` and the teacher's of HR `[B, D', r * h, r * w]`, float32; None
+            without an affinity loss where the host has no EMA, or the batch no HR.
+        """
+        alone, real = not self.compares, pair_fits(batch, self.ratio)
+        if alone and not (real and self.teacher_name == "host" and self.target_encoder is not None):
+            return None
+        with evaluation(self):
+            batch = self._prepare_pair(batch, False) if real else self.prepare(batch)
+            images, finer = batch["image"], batch["image_hr"]
+            student, teacher = self._part(self.student_encoder), self.teacher(images.device)
+            seen = student(images, gsd=batch.get("gsd"))
+            with finer_positions(teacher, self.ratio if self.hr_positions == "aligned" else 1):
+                wanted = teacher(finer, gsd=batch.get("gsd_hr"))
+            return seen.feature_map().float(), wanted.feature_map().float()
+
     def teacher(self, device: torch.device) -> nn.Module:
         """The network that sees HR, on `device`."""
         if self.teacher_name in ("host", "own"):
@@ -304,33 +273,10 @@ class SpatialAffinity(SSLModule):
             assert isinstance(ema, EMA)
             return self._part(ema.module)
         if not self._frozen:  # not registered: it is in no checkpoint of ours, and only training needs its file
-            if not Path(self.teacher_name).is_file():
-                raise UserError(
-                    f"teacher {self.teacher_name!r} is no file: give host, own or the path of a checkpoint."
-                )
-            encoder, bands = load_backbone(self.teacher_name)
-            if difference := self.bands.difference(bands):
-                raise UserError(f"teacher {self.teacher_name!r} was trained on other bands: {difference}.")
-            self._frozen = (encoder.requires_grad_(False).to(device, self.mean.dtype),)
+            self._frozen = (load_teacher(self.teacher_name, self.backbone, (self.bands, self.bands_hr)),)
+        self._frozen[0].to(device, self.mean.dtype)
         return self._frozen[0]
 
     def _part(self, encoder: nn.Module) -> nn.Module:
         """`encoder`, without its projection head if that is not to be compared."""
         return encoder.backbone if self.feature == "norm" and isinstance(encoder, ProjectedEncoder) else encoder
-
-    @contextmanager
-    def _watched(self) -> Iterator[list[Tokens]]:
-        """Where the head is left out: a list that takes what the student's encoder gives to it."""
-        taken: list[Tokens] = []
-        if self._part(self.student_encoder) is self.student_encoder:
-            yield taken
-            return
-        handle = self.backbone.register_forward_hook(lambda _module, _inputs, tokens: taken.append(tokens))  # pyright: ignore[reportArgumentType]
-        try:
-            yield taken
-        finally:
-            handle.remove()
-
-
-def _without_hr(batch: Mapping[str, Any]) -> Batch:
-    return {key: value for key, value in batch.items() if key not in ("image_hr", "gsd_hr")}

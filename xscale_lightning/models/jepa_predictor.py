@@ -24,6 +24,8 @@ class PredictorConfig:
     """Number of blocks."""
     num_heads: int | None = None
     """Number of attention heads; null takes the encoder's, as published."""
+    mlp_ratio: float = 4.0
+    """Width of its MLPs over `dim`; 4 as published, beside the giant encoder of another ratio, too."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no predictor can have."""
@@ -31,6 +33,8 @@ class PredictorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"predictor.{name} must be at least 1, got {value}.")
+        if not self.dim * self.mlp_ratio >= 1:
+            raise UserError(f"predictor.mlp_ratio {self.mlp_ratio} leaves its MLPs no width: take 4.")
         if self.dim % 4:
             raise UserError(f"predictor.dim {self.dim}: its sin-cos positions need a multiple of 4.")
 

@@ -161,6 +161,12 @@ def load_state(
     return Report([n for n in state if n in ours and n not in resized], resized, missing, unexpected)
 
 
+def width_ratio(width: int, dim: int) -> float:
+    """Ratio with which a module of width `dim` gets MLPs of exactly `width`, which it finds as `int(dim * ratio)`."""
+    ratio = width / dim
+    return ratio if int(dim * ratio) == width else (width + 0.5) / dim  # 471 / 108 * 108 is just below 471
+
+
 def block_count(state: Mapping[str, Tensor], prefix: str) -> int:
     """Number of blocks `prefix<i>.` in a state dict."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -14,7 +14,7 @@ from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.vit import Encoder
-from xscale_lightning.readers.common import Rule, State, block_count, load_state, rename
+from xscale_lightning.readers.common import Rule, State, block_count, load_state, rename, width_ratio
 
 _ENCODER = r"(patch_embed\.proj\.\w+|blocks\..+|norm\.\w+)"
 TABLES = ("encoder.pos_embed", "target_encoder.pos_embed", "predictor.predictor_pos_embed")
@@ -120,12 +120,14 @@ def build_published(
         dim=dim,
         depth=block_count(state, "encoder.blocks."),
         num_heads=num_heads,
-        mlp_ratio=len(state[needed[1]]) / dim,
+        mlp_ratio=width_ratio(len(state[needed[1]]), dim),
     )
+    mlp = "predictor.predictor_blocks.0.mlp.fc1.weight"
     predictor = PredictorConfig(
         dim=len(state[needed[2]]),
         depth=block_count(state, "predictor.predictor_blocks."),
         num_heads=predictor_heads,
+        mlp_ratio=width_ratio(len(state[mlp]), len(state[needed[2]])) if mlp in state else 4.0,
     )
     module = IJEPA(
         bands=bands or generic(channels),

@@ -16,7 +16,7 @@ from xscale_lightning.methods.latent_mim import LatentMIM
 from xscale_lightning.models.heads import ProjectedEncoder
 from xscale_lightning.models.pos_embed import SinCosPositions, StretchedPositions
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.readers.common import Report, Rule, State, block_count, load_state, rename
+from xscale_lightning.readers.common import Report, Rule, State, block_count, load_state, rename, width_ratio
 
 TABLE, PATCH = "pos_embed.pos_embeds", "backbone.patch_embed.proj.weight"
 # Of a published encoder into our `ProjectedEncoder`, and back.
@@ -135,7 +135,7 @@ def build_published(
         )
     mlp = "decoder.blocks.0.mlp.fc1.weight"
     decoder_dim = len(state["decoder.embed.weight"])
-    ratio = len(state[needed[1]]) / dim
+    ratio = width_ratio(len(state[needed[1]]), dim)
     if mlp in state and len(state[mlp]) != int(decoder_dim * ratio):
         raise UserError(
             f"the decoder's MLPs are {len(state[mlp])} wide, not {ratio:g} times {decoder_dim} as the encoder's."

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from xscale_lightning import checkpoints
@@ -26,7 +26,7 @@ from xscale_lightning.models.vit import Pool
 from xscale_lightning.tasks.freezing import Tune, freeze, quieten
 from xscale_lightning.tasks.scores import Scores
 from xscale_lightning.tasks.start import Statistics, beginning, measurement
-from xscale_lightning.tasks.weights import ClassWeights, class_weights, missing_classes
+from xscale_lightning.tasks.weights import ClassWeights, check_seen, class_weights, given_weights
 
 
 class FineTune(SSLModule):
@@ -44,7 +44,8 @@ class FineTune(SSLModule):
         final_norm: whether the encoder's last LayerNorm is applied; null keeps the encoder's.
         normalize: scaling of the images: by the band record (`standardize`), every band of every image to [0, 1]
             (`minmax`) or not at all (`none`); null takes that of the encoder's pretraining.
-        statistics: whose mean and deviation `standardize` uses: the `data`'s or those in the `checkpoint`.
+        statistics: whose mean and deviation `standardize` uses: those the weights of `init_from` were trained with, as
+            far as they say them and the unit is the same (`checkpoint`), or the `data`'s.
         adapt_bands: take a checkpoint of other bands all the same, as far as it can be adapted.
         class_weights: weight of every class in the loss, or `balanced` (inverse frequency in the training split).
         test: after `fit`, evaluate the best checkpoint on the test split, if there is one.
@@ -70,7 +71,7 @@ class FineTune(SSLModule):
         pool: Pool | None = None,
         final_norm: bool | None = None,
         normalize: Scale | None = None,
-        statistics: Statistics = "data",
+        statistics: Statistics = "checkpoint",
         adapt_bands: bool = False,
         class_weights: ClassWeights = None,
         test: bool = True,
@@ -150,7 +151,7 @@ class FineTune(SSLModule):
         return image_scaling(raw, self.normalize, self.mean, self.std)
 
     def check_first_batch(self, images: Tensor, raw: Tensor) -> None:
-        """As the base, where the band record's statistics are used at all."""
+        """As the base, where the statistics are used at all."""
         if self.normalize == "standardize":
             super().check_first_batch(images, raw)
 
@@ -193,9 +194,9 @@ class FineTune(SSLModule):
             self.make_head(classes)
         elif classes is not None and classes != self.num_classes:
             raise UserError(f"model.num_classes is {self.num_classes}, and {data.name} has {classes}: leave it null.")
-        names = getattr(data, "class_names", None) or getattr(data, "label_names", None)
         if self.num_classes is not None:
-            self.class_names = [str(name) for name in names or range(self.num_classes)][: self.num_classes]
+            names = getattr(data, "class_names", None) or range(self.num_classes)
+            self.class_names = [str(name) for name in names][: self.num_classes]
 
     def make_head(self, num_classes: int) -> None:
         """Head, scores and class weights for `num_classes` classes.
@@ -210,12 +211,7 @@ class FineTune(SSLModule):
         self.class_names = self.class_names or [str(i) for i in range(num_classes)]
         self.head = self.build_head(num_classes)
         self.scores = nn.ModuleDict({split: self.build_scores(num_classes) for split in ("val", "test")})
-        weights = torch.ones(num_classes)
-        if isinstance(self.class_weights, list):
-            if len(self.class_weights) != num_classes:
-                raise UserError(f"model.class_weights: {len(self.class_weights)} values for {num_classes} classes.")
-            weights = torch.tensor(self.class_weights, dtype=torch.float32)
-        self.register_buffer("weight", weights)
+        self.register_buffer("weight", given_weights(self.class_weights, num_classes))
 
     def setup(self, stage: str) -> None:
         """As the base; weights that follow from the training split are measured here."""
@@ -248,10 +244,7 @@ class FineTune(SSLModule):
         seen, self._seen = self._seen, None
         if seen is None:
             return
-        if not seen.sum():
-            raise UserError("every label of the training split is ignored: check the data's classes and ignore_index.")
-        if missing := missing_classes(seen, self.class_names):
-            rank_zero_warn(f"the first epoch had no sample of class {', '.join(missing)}: it cannot be learned.")
+        check_seen(seen, self.class_names)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
-"""Class weights and what the labels of a training split say about them. Pure functions."""
+"""Class weights and what the labels of a training split say about them."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+
+from xscale_lightning.errors import UserError
 
 WeightRule = Literal["balanced", "oscd"]
 ClassWeights = list[float] | WeightRule | None
@@ -23,6 +26,31 @@ def class_weights(counts: Tensor, rule: WeightRule) -> Tensor:
         return torch.stack([20 * share, 2 * (1 - share)]).float()
     weights = counts.sum() / (len(counts) * counts.clamp(min=1))
     return torch.where(counts > 0, weights, 1.0).float()
+
+
+def given_weights(weights: ClassWeights, num_classes: int) -> Tensor:
+    """Weights `[K]` as they are given; ones where there are none, or where a rule has yet to be followed.
+
+    Raises:
+        UserError: another number of them than classes.
+    """
+    if not isinstance(weights, list):
+        return torch.ones(num_classes)
+    if len(weights) != num_classes:
+        raise UserError(f"model.class_weights: {len(weights)} values for {num_classes} classes.")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def check_seen(counts: Tensor, names: Sequence[str]) -> None:
+    """Say which classes had no sample in the first epoch.
+
+    Raises:
+        UserError: nothing had a label at all.
+    """
+    if not counts.sum():
+        raise UserError("every label of the training split is ignored: check the data's classes and ignore_index.")
+    if missing := missing_classes(counts, names):
+        rank_zero_warn(f"the first epoch had no sample of class {', '.join(missing)}: it cannot be learned.")
 
 
 def missing_classes(counts: Tensor, names: Sequence[str]) -> list[str]:
