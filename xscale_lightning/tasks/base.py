@@ -242,9 +242,8 @@ class FineTune(SSLModule):
         """
         super().on_train_epoch_end()
         seen, self._seen = self._seen, None
-        if seen is None:
-            return
-        check_seen(seen, self.class_names)
+        if seen is not None:
+            check_seen(seen, self.class_names)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
