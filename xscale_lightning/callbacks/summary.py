@@ -207,6 +207,7 @@ class RunSummary(Callback):
             "speed": {name.removeprefix("speed/"): v for name, v in values.items() if name.startswith("speed/")},
             "steps": current_step(trainer),
             "images_seen": self.images_seen,
+            "flops_per_image": getattr(pl_module, "flops_per_image", 0) or None,
             **damage_record(trainer),
             "seconds": round(self._seconds(), 3),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -147,8 +147,13 @@ class CLI(LightningCLI):
             self.trainer.logger = self._logger()
 
     def after_fit(self) -> None:
-        """Test a fine-tuned model where there is a test split: the best checkpoint, if one is monitored."""
+        """Test a fine-tuned model where there is a test split: the best checkpoint, if one is monitored.
+
+        With `trainer.max_steps: 0` nothing has been trained, and the weights are saved as they are at the start.
+        """
         trainer, data = self.trainer, self.datamodule
+        if trainer.max_steps == 0 and trainer.checkpoint_callback and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "last.ckpt", weights_only=False)  # type: ignore[attr-defined]
         if not getattr(self.model, "test_after_fit", False) or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if data.dataset("test") is None:

@@ -345,6 +345,11 @@ class SSLModule(ScheduledModule):
             self._flops = (sample, flops)
         return flops * (self._batch_size() or 1)
 
+    @property
+    def flops_per_image(self) -> int:
+        """What `flops_per_batch` has measured, for one image; 0 where it has not been asked."""
+        return self._flops[1] if self._flops else 0
+
 
 def _height_width(size: int | Sequence[int] | None) -> tuple[int, int]:
     """Both sides of an image size; zeros where it is not known."""
