@@ -106,17 +106,15 @@ def run_cell(cell: Cell, folder: Path, launch: Launch) -> None:
     """Run one cell and write down how it ended; an interrupted training is taken up where it stopped."""
     here = place(cell, folder)
     words = [*cell.arguments, "--output", str(here)]
-    if cell.source is not None:
-        weights = cell.source
-        if isinstance(weights, Cell):
-            trained = place(weights, folder)
-            weights = newest(trained) if is_finished(weights, folder) else None
-            if weights is None:
-                why = (
-                    "its checkpoint is gone; remove" if is_finished(cell.source, folder) else "it is not finished; see"
-                )
-                print(f"left out: the pretraining of {cell.model} with seed {cell.seed}: {why} {trained}")
-                return
+    weights = cell.source
+    if isinstance(weights, Cell):
+        trained, done = place(weights, folder), is_finished(weights, folder)
+        weights = newest(trained) if done else None
+        if weights is None:
+            why = "its checkpoint is gone; remove" if done else "it is not finished; see"
+            print(f"left out: the pretraining of {cell.model} with seed {cell.seed}: {why} {trained}")
+            return
+    if weights is not None:
         words += [cell.option, str(weights)]
     before = read_cell(here).get("status")
     begun = newest(here) if before == "interrupted" and cell.arguments[0] == "fit" else None

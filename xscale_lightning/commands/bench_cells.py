@@ -18,6 +18,7 @@ from xscale_lightning.commands.stage_options import take_apart
 from xscale_lightning.commands.stages import StagedRun, quiet, told_of
 from xscale_lightning.commands.train import CLI, build
 from xscale_lightning.data.bands import Bands
+from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
 from xscale_lightning.init_from import open_source, same_bands
 from xscale_lightning.methods.discovery import class_path
@@ -105,7 +106,8 @@ def plan(bench: Bench, options: Sequence[str]) -> list[Cell]:
                 arguments, option, config = checked[evaluation.name]
                 weights = source.key if isinstance(source, Cell) else start.key
                 key = _hash({**config, "seed_everything": seed_here, "verb": evaluation.verb, "weights": weights})
-                cells.append(Cell(model.name, evaluation.name, seed_here, key, _seeded(arguments, seed_here), source))
+                words = _seeded(arguments, seed_here)
+                cells.append(Cell(model.name, evaluation.name, seed_here, key, words, source, option))
     return cells
 
 
@@ -172,6 +174,7 @@ def _check(evaluation: Evaluation, start: Start, options: Sequence[str], seed: i
         raise UserError("a recipe with stages cannot be an evaluation: leave its stages out.")
     option: Option = "--model.init_from"
     if frozen:
+        _check_probes(cli)
         if start.bands is not None and _like(start.bands, cli.model.bands):
             option = "--ckpt_path"  # the whole method; below the encoder alone, with the statistics it was trained with
     elif not hasattr(cli.model, "test_after_fit"):
@@ -184,6 +187,20 @@ def _check(evaluation: Evaluation, start: Start, options: Sequence[str], seed: i
         config, _ = resolve(_seeded([*arguments, option, start.path], seed))
     config["model"]["init_args"].pop("init_from", None)  # its content counts, not its path
     return arguments, option, _lasting(config)
+
+
+def _check_probes(cli: CLI) -> None:
+    """Open the data that probes have of their own, which a run does not before its weights are there."""
+    for probe in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        data = getattr(probe, "data", None)
+        if not isinstance(data, XScaleDataModule) or data.downloads:
+            continue
+        data.setup("test")
+        if difference := cli.model.bands.difference(data.bands):
+            raise UserError(
+                f"{type(probe).__name__}.data: the bands of {data.name} are not the model's ({difference}); choose the "
+                "same ones."
+            )
 
 
 def _like(there: Bands, here: Bands) -> bool:
