@@ -17,8 +17,8 @@ from xscale_lightning import cli
 from xscale_lightning.data.bands import SENSORS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Those of `xscale sweep` and of tasks have tests of their own.
-PATHS = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("ablations", "finetune")]
+# Those of `xscale sweep`, of `xscale bench` and of tasks have tests of their own.
+PATHS = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("ablations", "bench", "finetune")]
 FILES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text()) for path in PATHS}
 DATA = sorted(name for name in FILES if name.startswith("data/"))
 COMPLETE = sorted(
