@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
     "bench": (
         "xscale_lightning.commands.bench",
-        "models against evaluations, with seeds, as a table: xscale bench FILE",
+        "compare models, by evaluations and seeds: xscale bench FILE [options]",
     ),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),
