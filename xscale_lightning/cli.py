@@ -18,10 +18,7 @@ COMMANDS = {
     "export": ("xscale_lightning.commands.export", "the encoder of a checkpoint as a folder, for here and for timm"),
     "embed": ("xscale_lightning.commands.embed", "embeddings of scenes or of a data set: Parquet, feature map"),
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
-    "bench": (
-        "xscale_lightning.commands.bench",
-        "compare models, by evaluations and seeds: xscale bench FILE [options]",
-    ),
+    "bench": ("xscale_lightning.commands.bench", "compare models by evaluations, with seeds: xscale bench FILE"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),
     "doctor": ("xscale_lightning.commands.doctor", "check this machine: versions, devices, attention, two steps"),
