@@ -1,7 +1,9 @@
 """Every shipped YAML file: complete ones train two steps, overlays are laid over them, data files are composed."""
 
+import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,9 @@ COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
 S2MAE_OVERLAYS = ("s2mae_quick.yaml", "s2mae_stages.yaml", "s2mae_hyperspectral.yaml")
-OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS) - {"dense_probe.yaml"})
+OVERLAYS = sorted(
+    set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS) - {"dense_probe.yaml", "evaluation.yaml"}
+)
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -320,6 +324,42 @@ def test_dense_probe_goes_over_a_method(name, tmp_path, sen1floods11):
     (folder,) = (tmp_path / "test").glob("*/*")
     tested = json.loads((folder / "results.json").read_text())["metrics"]["dense/sen1floods11/miou"]
     assert tested["split"] == "test" and tested["step_0"] == record["step_0"] and tested["last_step"] == 2
+
+
+@pytest.mark.slow
+def test_evaluation_goes_over_a_run_and_over_its_weights_alone(tmp_path, eurosat, capsys):
+    data = [*config("data/eurosat.yaml"), "--data.root", str(eurosat)]
+    recipe = [*config("mae.yaml"), *data, *QUICK, *NARROW, *NARROW_DECODER["mae.yaml"], "--model.views.size", "64"]
+    fit(tmp_path / "runs", *recipe)
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    # The same weights in a method that is built anew, on data whose record has other statistics.
+    other = ["--data.bands.mean", str([1000.0] * 13), "--data.bands.std", str([500.0] * 13)]
+    commands = {
+        "run": ["--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)],
+        "weights": [*recipe, *other, "--model.init_from", str(folder)],
+        "nothing": recipe,
+    }
+    found = {}
+    for name, command in commands.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            arguments = [*command, *config("evaluation.yaml"), "--output", str(tmp_path / name), "--debug"]
+            assert cli.main(["test", *arguments]) == 0
+        assert any("the weights are untrained" in str(w.message) for w in caught) == (name == "nothing")
+        (file,) = (tmp_path / name).glob("*/*/results.json")
+        found[name] = json.loads(file.read_text())
+    metrics = found["run"]["metrics"]
+    for name in ("knn/eurosat/top1", "knn/eurosat/scale_25/macro_f1", "linear/eurosat/top1", "linear/eurosat/macro_f1"):
+        assert metrics[name]["split"] == "test" and metrics[name]["protocol"]["samples"] == 8
+        assert metrics[name]["interval"][0] <= metrics[name]["last"] <= metrics[name]["interval"][1]
+        assert found["weights"]["metrics"][name]["last"] == metrics[name]["last"]
+    assert metrics["knn/eurosat/top1"]["step_0"] is not None
+    rank = [part["metrics"]["geometry/rank"]["last"] for part in found.values()]
+    assert rank[0] == pytest.approx(rank[1], rel=1e-4) and rank[0] != pytest.approx(rank[2], rel=1e-4)
+    digits = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+    assert found["run"]["checkpoint"]["sha256"] == found["weights"]["init_from"]["sha256"] == digits
+    assert found["run"]["init_from"] is found["weights"]["checkpoint"] is None
 
 
 @pytest.mark.parametrize("name", DATA)

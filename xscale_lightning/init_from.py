@@ -16,7 +16,7 @@ from xscale_lightning.models.resizing import fit_tables
 from xscale_lightning.models.scaling import Scale
 from xscale_lightning.models.timm_vit import TimmViT
 from xscale_lightning.models.vit import Encoder, ViT
-from xscale_lightning.pretrained import load_backbone, locate
+from xscale_lightning.pretrained import load_backbone, locate, scaling_of
 from xscale_lightning.readers.common import Report
 from xscale_lightning.readers.encoders import read_foreign
 
@@ -81,14 +81,26 @@ def load_encoder(
     return encoder.eval(), target, transfer(found, encoder, target)
 
 
-def start_from(module: "SSLModule", source: str, adapt_bands: bool = False) -> Report:
+def start_from(module: "SSLModule", source: str, adapt_bands: bool = False, frozen: bool = False) -> Report:
     """Give the encoder of a method, and the target networks that follow it, the weights of `source`.
 
+    With `frozen` nothing is trained after this: images are then normalised by the mean and deviation the source was
+    trained with, as far as it says them.
+
     Raises:
-        UserError: as `load_encoder`.
+        UserError: as `load_encoder`; with `frozen` also if the source scaled its images in another way.
     """
     found = open_source(source, len(module.bands), None)
-    fitting_bands(found, module.bands, adapt_bands)
+    theirs = fitting_bands(found, module.bands, adapt_bands)
+    if frozen and found.scaling is not None and found.scaling != (ours := scaling_of(module)):
+        raise UserError(
+            f"{found.what} scales its images by {found.scaling!r}, and {module.method_name} by {ours!r}: evaluate it "
+            "with the method it was trained with."
+        )
+    for part in (module, getattr(module, "host", module)) if frozen else ():
+        part.bands = theirs
+        part.mean.copy_(torch.tensor(theirs.means).view_as(part.mean))
+        part.std.copy_(torch.tensor(theirs.stds).view_as(part.std))
     report = transfer(found, module.backbone, module.bands)
     for student, target in module._targets:
         target.module.load_state_dict(student.state_dict())

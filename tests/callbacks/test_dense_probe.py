@@ -131,12 +131,19 @@ def test_images_are_resized_for_the_encoder_alone(make_masked, make_dense_method
     assert listener.heard[0].metrics["dense/fields/miou"] > 0.8
 
 
-def test_there_is_no_probe_unless_asked_for(make_masked, make_dense_method, make_trainer):
+@pytest.mark.parametrize(("verb", "own", "asked"), [("fit", None, 0), ("validate", None, 1), ("test", False, 0)])
+def test_the_runs_own_masks_are_asked_outside_fit(make_masked, make_dense_method, make_trainer, verb, own, asked):
     data, listener = make_masked(), Listener()
-    make_trainer(OnlineDenseProbe(), listener, logger=False).validate(
-        make_dense_method(data), datamodule=data, verbose=False
-    )
-    assert not any("dense" in name for m in listener.heard for name in m.metrics)
+    trainer = make_trainer(OnlineDenseProbe(**{**RECIPE, "training_data": own}), listener, logger=False)
+    options = {} if verb == "fit" else {"verbose": False}
+    getattr(trainer, verb)(make_dense_method(data), datamodule=data, **options)
+    found = [m for m in listener.heard if "dense/fields/miou" in m.metrics]
+    assert len(found) == asked
+    for measurement in found:
+        low, high = measurement.intervals["dense/fields/miou"]
+        assert low <= measurement.metrics["dense/fields/miou"] <= high
+        assert set(measurement.intervals) == set(measurement.metrics)
+        assert measurement.protocols["dense/fields/miou"]["samples"] == 21
 
 
 def test_masks_may_be_finer_than_images(make_masked, make_dense_method, make_trainer, tmp_path):

@@ -27,6 +27,10 @@ SCALES = [0.25, 0.5, 1.0]
 NAMES = [f"knn/tiny/{part}top1" for part in ("", "scale_50/", "scale_25/", "mean_over_scales/")]
 
 
+def top1(found: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if name.endswith("/top1")}
+
+
 class Recorder(Callback):
     def __init__(self) -> None:
         self.seen: list[Measurement] = []
@@ -71,11 +75,11 @@ def test_scores_are_those_of_the_scaled_images(make_data, make_any_size, make_tr
     probe = OnlineKNN(k=3, scales=SCALES, scaled=scaled)
     make_trainer(probe, recorder).validate(method, datamodule=data, verbose=False)
     (measurement,) = recorder.seen
-    assert list(measurement.metrics) == NAMES
+    assert list(top1(measurement.metrics)) == NAMES and len(measurement.metrics) == 2 * len(NAMES)
     expected = [scores_of(method, data, s, s if scaled == "both" else 1.0)["top1"] for s in (1.0, 0.5, 0.25)]
     other = [scores_of(method, data, s, 1.0 if scaled == "both" else s)["top1"] for s in (1.0, 0.5, 0.25)]
     assert expected != other  # or the test could not tell the conventions apart
-    found = list(measurement.metrics.values())
+    found = list(top1(measurement.metrics).values())
     assert found == pytest.approx([*expected, sum(expected) / 3])
     errors = [(value * (1 - value) / 40) ** 0.5 for value in expected]
     assert [measurement.errors[name] for name in NAMES] == pytest.approx([*errors, sum(errors) / 3])
@@ -110,7 +114,11 @@ def test_multilabel(make_data, make_any_size, make_trainer, tmp_path) -> None:
     assert list(metrics) == [f"knn/tiny/{part}{name}" for part in parts for name in ("map_micro", "map_macro")]
     mean = (metrics["knn/tiny/map_macro"] + metrics["knn/tiny/scale_50/map_macro"]) / 2
     assert metrics["knn/tiny/mean_over_scales/map_macro"] == pytest.approx(mean)
-    assert recorder.seen[0].errors == {}
+    for name, (low, high) in recorder.seen[0].intervals.items():
+        assert low - 1e-9 <= metrics[name] <= high + 1e-9
+        assert 0 <= recorder.seen[0].errors[name] <= high - low
+    assert set(recorder.seen[0].intervals) == set(metrics)
+    assert max(recorder.seen[0].errors.values()) > 0
     assert os.listdir(tmp_path / "runs" / "a" / "pictures") == ["knn_scales_tiny_step_0000000.png"]
 
 

@@ -90,7 +90,7 @@ def test_knn_value_is_that_of_the_features_and_is_logged(make_data, make_method,
     )
     step, last = recorder.seen[-1]
     assert (step, last.split) == (4, "val")
-    assert last.metrics == {"knn/tiny/top1": pytest.approx(expected["top1"])}
+    assert last.metrics == {"knn/tiny/top1": pytest.approx(expected["top1"])}  # while training this one alone
     assert trainer.callback_metrics["knn/tiny/top1"].item() == pytest.approx(expected["top1"])
     points = tensorboard(tmp_path / "runs" / "a").Scalars("knn/tiny/top1")
     assert [point.step for point in points] == [0, 4]

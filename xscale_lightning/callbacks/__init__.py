@@ -5,6 +5,7 @@ from xscale_lightning.callbacks.alignment import PairAlignment
 from xscale_lightning.callbacks.dense_probe import OnlineDenseProbe
 from xscale_lightning.callbacks.geometry import FeatureGeometry
 from xscale_lightning.callbacks.knn import OnlineKNN
+from xscale_lightning.callbacks.linear_probe import LinearProbe
 from xscale_lightning.callbacks.pictures import ReconstructionPictures
 from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, publish, run_folder
 from xscale_lightning.callbacks.progress import ProgressBar
@@ -14,6 +15,7 @@ from xscale_lightning.callbacks.throughput import Throughput
 __all__ = [
     "AffinityPictures",
     "FeatureGeometry",
+    "LinearProbe",
     "Measurement",
     "OnlineDenseProbe",
     "OnlineKNN",

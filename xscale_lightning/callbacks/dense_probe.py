@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from xscale_lightning.callbacks.labelled import measured
 from xscale_lightning.callbacks.probe import (
     Measurement,
     ProbeCallback,
@@ -23,10 +24,11 @@ from xscale_lightning.callbacks.probe import (
     to_device,
 )
 from xscale_lightning.callbacks.sampling import Batch, sample_batches
-from xscale_lightning.callbacks.sources import open_probe_data, patch_size
+from xscale_lightning.callbacks.sources import asks_unasked, open_probe_data, patch_size
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.errors import UserError
+from xscale_lightning.evaluation.bootstrap import estimates
 from xscale_lightning.evaluation.dense import (
     DenseHead,
     DenseRecipe,
@@ -35,10 +37,10 @@ from xscale_lightning.evaluation.dense import (
     confusion_matrices,
     dense_scores,
     fit_dense_head,
-    miou_error,
 )
 from xscale_lightning.evaluation.dense_picture import dense_picture
 from xscale_lightning.evaluation.pictures import composite, stretch_limits
+from xscale_lightning.evaluation.scores import pixel_scores
 from xscale_lightning.models.tokenizers import check_divides
 
 BASE_LINE = "mean spectrum"
@@ -69,8 +71,9 @@ class OnlineDenseProbe(ProbeCallback):
     the same layer reaches on the mean spectrum of each patch; draws image, mask and prediction.
 
     Args:
-        data: data with masks; with null there is no probe, unless `training_data` says so.
-        training_data: whether to probe on the masks of the training data where `data` is null.
+        data: data with masks; null looks at `training_data`.
+        training_data: whether to probe on the masks of the run's own data where `data` is null; null does so in
+            `validate` and `test` of a method, if there are masks.
         epochs: passes over the training features.
         lr: peak learning rate of AdamW.
         batch_size: images per step of the layer.
@@ -96,7 +99,7 @@ class OnlineDenseProbe(ProbeCallback):
     def __init__(
         self,
         data: XScaleDataModule | None = None,
-        training_data: bool = False,
+        training_data: bool | None = None,
         epochs: int = 100,
         lr: float = 1e-3,
         batch_size: int = 64,
@@ -140,7 +143,10 @@ class OnlineDenseProbe(ProbeCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the data and compare it with the model, before the first step."""
         training: XScaleDataModule | None = getattr(trainer, "datamodule", None)
-        self._probe_data = data = self.data or (training if self.training_data else None)
+        own = self.training_data
+        if own is None:
+            own = asks_unasked(trainer, pl_module) and getattr(training, "num_mask_classes", None) is not None
+        self._probe_data = data = self.data or (training if own else None)
         self._base_lines.clear()
         if data is None:
             return
@@ -181,13 +187,13 @@ class OnlineDenseProbe(ProbeCallback):
                 self._base_lines[split] = dense_scores(found).miou
             if asked.shown and trainer.is_global_zero:
                 self._draw(trainer, data, head, asked)
-        scores, prefix = dense_scores(confusion), f"dense/{data.name}"
-        metrics = {f"{prefix}/miou": scores.miou, f"{prefix}/accuracy": scores.accuracy}
-        for name, iou in zip(class_names(data), scores.iou, strict=True):
-            if math.isfinite(iou):
-                metrics[f"{prefix}/iou/{name}"] = iou
+        prefix = f"dense/{data.name}"
+        found = estimates(pixel_scores(confusion, class_names(data)))
+        found = {f"{prefix}/{name}": score for name, score in found.items() if math.isfinite(score.value)}
         base = {f"{prefix}/miou": {BASE_LINE: self._base_lines[split]}} if self.baseline else {}
-        return Measurement(metrics, split, base, {f"{prefix}/miou": miou_error(confusion)})
+        counts = {"data": data.name, "samples": len(asked.masks), "train_samples": len(train.masks)}
+        protocol = {**counts, "image_size": self.image_size, "epochs": self.recipe.epochs, "seed": self.recipe.seed}
+        return measured(found, split, base, dict.fromkeys(found, protocol))
 
     def _maps(
         self, trainer: Trainer, pl_module: LightningModule, data: XScaleDataModule, split: Split, limit: int | None

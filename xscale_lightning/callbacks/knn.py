@@ -2,30 +2,35 @@
 
 import math
 import re
-from functools import partial
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, evaluation_split, publish_picture
-from xscale_lightning.callbacks.sampling import extract_variants
-from xscale_lightning.callbacks.sources import open_probe_data, patch_size
+from xscale_lightning.callbacks.labelled import BASE_LINE, LabelledProbe, labelled_data, measured
+from xscale_lightning.callbacks.probe import Measurement, evaluation_split, publish_picture
+from xscale_lightning.callbacks.sources import patch_size
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
+from xscale_lightning.evaluation.bootstrap import Estimate, Statistic, bootstrap_draws, estimate, values
 from xscale_lightning.evaluation.curves import Curve, plot_curves
-from xscale_lightning.evaluation.knn import knn_evaluate
-from xscale_lightning.evaluation.scales import check_shares, scale_batch, scaled_sizes, score_names
+from xscale_lightning.evaluation.knn import knn_evaluate, knn_scores
+from xscale_lightning.evaluation.scales import check_shares, scaled_sizes, score_names
+
+ONLINE = ("top1", "map_micro", "map_macro")  # scores in `fit`; `validate` and `test` give all, with intervals
 
 
-class OnlineKNN(ProbeCallback):
+class OnlineKNN(LabelledProbe):
     """k-nearest-neighbour accuracy of the features, on any labelled data.
 
     Logs `knn/<data>/top1`, for multi-label data `knn/<data>/map_micro` and `knn/<data>/map_macro`. Neighbours come from
     the training split; they are asked about the validation split in `fit` and `validate`, the test split in `test`.
+    `validate` and `test` add `knn/<data>/macro_f1`, bootstrap intervals, and what the same neighbours say by mean and
+    deviation of every band.
 
     With several scales the images are also averaged down to shares of their size (the protocol of Scale-MAE and
     Cross-Scale MAE) and their `gsd` grows accordingly: `knn/<data>/scale_12.5/top1` and so on, the mean of all as
@@ -44,8 +49,9 @@ class OnlineKNN(ProbeCallback):
         scaled: which splits are scaled: `evaluation` keeps the neighbours at the native size, `both` scales them too.
 
     Raises:
-        UserError: if a number is out of range; when the run starts, if the data has no labels, too few samples, other
-            bands than the model, or a scale leaves less than one patch.
+        UserError: if a number is out of range; when the run starts, if the data has no labels, other bands than the
+            model or fewer training samples than k, or a scale leaves less than one patch; when it is evaluated, if a
+            label is no class.
     """
 
     def __init__(
@@ -59,25 +65,18 @@ class OnlineKNN(ProbeCallback):
         scales: list[float] = [1.0],  # noqa: B006 (never changed; shown as default in --help)
         scaled: Literal["evaluation", "both"] = "evaluation",
     ) -> None:
-        super().__init__(every_n_epochs)
+        super().__init__(data, max_train, max_test, every_n_epochs)
         if k < 1:
             raise UserError(f"OnlineKNN.k: {k} neighbours are not possible; give at least 1.")
         if temperature is not None and temperature <= 0:
             raise UserError(f"OnlineKNN.temperature: {temperature} is not possible; give a number above 0, or null.")
         if max_train is not None and max_train < k:
             raise UserError(f"OnlineKNN.max_train: {max_train} samples are too few for k={k}; give at least {k}.")
-        if max_test is not None and max_test < 1:
-            raise UserError(f"OnlineKNN.max_test: {max_test} is not possible; give at least 1, or null.")
-        self.data = data
         self.k = k
         self.temperature = temperature
-        self.max_train = max_train
-        self.max_test = max_test
         self.scales = check_shares(scales)
         self.scaled = scaled
         self._step_0: Curve | None = None
-        self._probe_data: XScaleDataModule | None = None
-        self._explained = False
 
     @property
     def state_key(self) -> str:
@@ -96,14 +95,18 @@ class OnlineKNN(ProbeCallback):
         self._step_0 = None if found is None else Curve(*found, base_line=True)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the data and compare its bands with the model's, before the first step."""
-        self._probe_data = self._choose(trainer)
-        if self._probe_data is None:
-            return
+        """As the base; also compare k and the scales with the data."""
+        super().setup(trainer, pl_module, stage)
         data = self._probe_data
-        open_probe_data(trainer, pl_module, data, stage, "OnlineKNN")
-        if data.num_classes is None:
-            raise UserError(f"OnlineKNN.data: {data.name} has no labels; give labelled data or leave the callback out.")
+        if data is None:
+            return
+        training = data.dataset("train")
+        count = len(training) if hasattr(training, "__len__") else None  # type: ignore[arg-type]
+        if count is not None and count < self.k:
+            raise UserError(
+                f"OnlineKNN.k: {self.k} neighbours asked for, and {data.name} has {count} training samples; give at "
+                "most that many."
+            )
         self._sizes(pl_module)
 
     def _sizes(self, pl_module: LightningModule) -> dict[float, tuple[int, int]]:
@@ -111,16 +114,12 @@ class OnlineKNN(ProbeCallback):
         size = self._probe_data.image_size if self._probe_data is not None else None
         return scaled_sizes(size, self.scales, patch_size(pl_module)) if size and all(size) else {}
 
-    def _choose(self, trainer: Trainer) -> XScaleDataModule | None:
-        if self.data is not None:
-            return self.data
-        training: XScaleDataModule | None = getattr(trainer, "datamodule", None)
-        if training is not None and getattr(training, "num_classes", None) is not None:
-            return training
-        if not self._explained:
-            rank_zero_info("OnlineKNN: the training data has no labels, skipped; set OnlineKNN.data to labelled data.")
-            self._explained = True
-        return None
+    def choose(self, trainer: Trainer, pl_module: LightningModule) -> XScaleDataModule | None:
+        """The data given, else that of the run if it has labels; says so if there is neither."""
+        data = self.data or labelled_data(trainer)
+        if data is None:
+            self.say("the training data has no labels, skipped; set OnlineKNN.data to labelled data.")
+        return data
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> Measurement | None:
         """Features of both splits, and the score of the held-out one."""
@@ -128,35 +127,73 @@ class OnlineKNN(ProbeCallback):
         if data is None:
             return None
         split = evaluation_split(trainer)
-        patch = patch_size(pl_module)
-        variants = [partial(scale_batch, share=share, patch=patch) for share in self.scales]  # the native size first
-        bank_variants = variants if self.scaled == "both" else variants[:1]
-        banks, bank_labels = extract_variants(
-            trainer, pl_module, data.probe_dataloader("train"), self.max_train, bank_variants
-        )
-        asked, labels = extract_variants(trainer, pl_module, data.probe_dataloader(split), self.max_test, variants)
-        if bank_labels is None or labels is None:
-            raise UserError(f"OnlineKNN.data: {data.name} gives batches without label; give labelled data.")
-        found = {
-            share: knn_evaluate(banks[i % len(banks)], bank_labels, features, labels, self.k, self.temperature)
-            for i, (share, features) in enumerate(zip(self.scales, asked, strict=True))
+        bank = self.split(trainer, pl_module, "train", self.scales if self.scaled == "both" else [1.0])
+        asked = self.split(trainer, pl_module, split, self.scales)
+        statistics = {
+            share: knn_scores(
+                bank.features[share if self.scaled == "both" else 1.0],
+                bank.labels,
+                asked.features[share],
+                asked.labels,
+                self.k,
+                self.temperature,
+            )
+            for share in self.scales  # the native size first
         }
+        found = {share: values(statistic) for share, statistic in statistics.items()}
+        fitting = trainer.state.fn == TrainerFn.FITTING
         if len(self.scales) > 1 and trainer.is_global_zero:
-            self._draw(trainer, pl_module, found, split, len(labels))
-        return self._measurement(found, split, len(labels))
+            self._draw(trainer, pl_module, found, split, len(asked.labels))
+        scores = self._scores(found, {} if fitting else statistics, len(asked.labels))
+        prefix, base_lines = f"knn/{data.name}", {}
+        if fitting:
+            scores = {name: value for name, value in scores.items() if name.endswith(ONLINE)}
+        else:
+            simple = knn_evaluate(
+                bank.statistics, bank.labels, asked.statistics, asked.labels, self.k, self.temperature
+            )
+            base_lines = {f"{prefix}/{name}": {BASE_LINE: value} for name, value in simple.items()}
+        counts = {"data": data.name, "samples": len(asked.labels), "train_samples": len(bank.labels)}
+        protocol = {**counts, "k": self.k, "temperature": self.temperature}
+        return measured(
+            {f"{prefix}/{name}": value for name, value in scores.items()},
+            split,
+            base_lines,
+            {f"{prefix}/{name}": {**protocol, "scale": self._scale_of(name)} for name in scores},
+        )
 
-    def _measurement(self, found: dict[float, dict[str, float]], split: str, count: int) -> Measurement:
-        """Scores of all scales by log name, those of the native size first."""
-        prefix = f"knn/{self._probe_data.name}"  # type: ignore[union-attr]
-        metrics = {f"{prefix}/{score_names(s, n)}": v for s, scores in found.items() for n, v in scores.items()}
-        errors = {n: _error(v, count) for n, v in metrics.items() if n.endswith("/top1")}
+    def _scale_of(self, name: str) -> float | list[float]:
+        """Share of the native size that a score is of; all of them for their mean."""
+        return next((s for s in self.scales if score_names(s, name.rsplit("/", 1)[-1]) == name), self.scales)
+
+    def _scores(
+        self, found: dict[float, dict[str, float]], statistics: Mapping[float, Statistic], count: int
+    ) -> dict[str, Estimate]:
+        """Scores of all scales by log name, those of the native size first, with intervals where there is a statistic.
+
+        The same images are drawn at every scale, so the mean over the scales has an interval of its own.
+        """
+        drawn = {share: bootstrap_draws(statistic) for share, statistic in statistics.items() if count > 1}
+
+        def with_error(name: str, value: float, draws: list[torch.Tensor], bound: float) -> Estimate:
+            known = estimate(value, torch.stack(draws).mean(0)) if draws else Estimate(value)
+            return Estimate(value, bound if name == "top1" else known.error, known.interval)
+
+        scores = {
+            score_names(share, name): with_error(
+                name, value, [drawn[share][name]] if drawn else [], _error(value, count)
+            )
+            for share, single in found.items()
+            for name, value in single.items()
+        }
         if len(found) > 1:
             for name in found[1.0]:
-                metrics[f"{prefix}/mean_over_scales/{name}"] = fmean(scores[name] for scores in found.values())
-            if errors:
-                # The same images at every scale: errors do not average out, so this is the bound of Minkowski.
-                errors[f"{prefix}/mean_over_scales/top1"] = fmean(errors.values())
-        return Measurement(metrics, split, errors=errors)
+                single = [scores[name] for scores in found.values()]
+                draws = [part[name] for part in drawn.values()]
+                # Errors do not average out over the scales of the same images, so this is the bound of Minkowski.
+                bound = fmean(_error(value, count) for value in single)
+                scores[f"mean_over_scales/{name}"] = with_error(name, fmean(single), draws, bound)
+        return scores
 
     def _draw(
         self,
@@ -190,5 +227,5 @@ class OnlineKNN(ProbeCallback):
 
 
 def _error(share: float, count: int) -> float:
-    """Binomial standard error of a share of correct answers; mAP has no such closed form."""
-    return math.sqrt(share * (1 - share) / count)
+    """Binomial standard error of a share of correct answers; other scores have no such closed form."""
+    return math.sqrt(max(share * (1 - share), 0.0) / count)

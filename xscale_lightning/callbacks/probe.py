@@ -36,6 +36,8 @@ class Measurement:
     """Standard error of a metric, where it is known."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """95 % interval of a metric, where it is known."""
+    protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """How a metric was measured, in plain types: data, number of samples, k, scale ..."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from xscale_lightning.callbacks.probe import evaluation_split
@@ -57,3 +58,12 @@ def open_probe_data(
 def patch_size(pl_module: LightningModule) -> int:
     """Pixels per side of a patch; 1 for models that know none."""
     return getattr(getattr(pl_module, "backbone", None), "patch_size", 1)
+
+
+def asks_unasked(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether the labels and masks of the run's own data are probed by default: in `validate` and `test` of a method.
+
+    What a task has fine-tuned is judged by the task's own head.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    return not fitting and "knn" not in getattr(pl_module, "without_callbacks", ())

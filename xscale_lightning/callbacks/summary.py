@@ -1,10 +1,8 @@
 """The end of a run: a table, one plain sentence, and `results.json`."""
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -20,24 +18,22 @@ from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
-import xscale_lightning
 from xscale_lightning.callbacks.leftovers import damage_lines, damage_record, remove_unused_run
 from xscale_lightning.callbacks.probe import Measurement, run_folder
+from xscale_lightning.callbacks.provenance import device_record, provenance, versions
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.callbacks.throughput import batch_images
 from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, verdict
 from xscale_lightning.errors import find_user_error
 
-PACKAGES = ("torch", "lightning", "torchgeo", "timm", "torchmetrics", "xformers")
-
 
 class RunSummary(Callback):
     """Collects every probe's figures with their step-0 values, and reports them at the end of the run.
 
-    Prints a table (metric, step 0, last, best base line) and one sentence that says whether the run learned, and writes
-    `<run>/results.json` whole or not at all. Step-0 values travel in the checkpoint: a resumed run has them, and so
-    have `validate` and `test` with `--ckpt_path`. An interrupted or failed run is reported as such. Without a logger
-    there is no run folder and only the table is printed.
+    Prints a table (metric, step 0, last with its interval, best base line) and one sentence that says whether the run
+    learned, and writes `<run>/results.json` whole or not at all. Step-0 values travel in the checkpoint: a resumed run
+    has them, and so have `validate` and `test` with `--ckpt_path`. An interrupted or failed run is reported as such.
+    Without a logger there is no run folder and only the table is printed.
     """
 
     def __init__(self) -> None:
@@ -65,6 +61,7 @@ class RunSummary(Callback):
             record.error = measurement.errors.get(name, 0.0)
             interval = measurement.intervals.get(name)
             record.interval = None if interval is None else list(interval)
+            record.protocol = dict(measurement.protocols.get(name, {}))
 
     def step_zero(self, name: str, split: str) -> str | None:
         """Step-0 value of a metric for people, with its split if that is not `split`; None if it was not measured."""
@@ -170,10 +167,11 @@ class RunSummary(Callback):
     def _print(self, trainer: Trainer, sentence: str, status: str) -> None:
         console = get_console()
         if not console.is_terminal:
-            console = Console(width=110)
+            console = Console(width=130)
         if self.records:
             table = Table(title=None if status == "finished" else status)
-            for title in ("metric", "step 0", "last", "at step", "best base line"):
+            counted = trainer.state.fn != TrainerFn.FITTING  # then samples matter more than the step, which is one
+            for title in ("metric", "step 0", "last", "samples" if counted else "at step", "best base line"):
                 table.add_column(title, justify="left" if title in ("metric", "best base line") else "right")
             for name, record in self.records.items():
                 rival = record.best_baseline()
@@ -181,7 +179,7 @@ class RunSummary(Callback):
                     name,
                     record.step_0_text(),
                     format_value(record.last) + interval_text(record),
-                    str(record.last_step),
+                    str(record.protocol.get("samples", "") if counted else record.last_step),
                     f"{rival[0]} {format_value(rival[1])}" if rival else "",
                 )
             console.print(table)
@@ -209,28 +207,12 @@ class RunSummary(Callback):
             "images_seen": self.images_seen,
             "flops_per_image": getattr(pl_module, "flops_per_image", 0) or None,
             **damage_record(trainer),
+            **provenance(trainer, pl_module),
             "seconds": round(self._seconds(), 3),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "device": device_record(trainer, pl_module.device),
         }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it stands on, as far as installed."""
-    found = {"python": platform.python_version(), "xscale_lightning": xscale_lightning.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_record(trainer: Trainer, device: torch.device) -> dict[str, Any]:
-    """What the run ran on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"type": device.type, "name": name, "processes": trainer.world_size, "precision": str(trainer.precision)}
 
 
 def write_json(content: dict[str, Any], path: Path) -> Path:
@@ -252,4 +234,6 @@ def write_json(content: dict[str, Any], path: Path) -> Path:
 def _strict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = {"knn": "kNN", "linear": "linear probe", "dense": "dense probe"}
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Record:
     """Standard error of the newest value; 0 if it is not known."""
     interval: list[float] | None = None
     """95 % interval of the newest value; None if it is not known."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """How the newest value was measured: data, number of samples, k, scale ..., as far as it is known."""
 
     def best_baseline(self) -> tuple[str, float] | None:
         """Name and value of the strongest base line (all of ours are better when higher)."""
@@ -70,13 +75,18 @@ def is_dense(name: str) -> bool:
     return name.startswith("dense/") and name.endswith("/miou")
 
 
+def is_linear(name: str) -> bool:
+    """Whether a metric tells by itself whether a linear layer tells the classes apart."""
+    return name.startswith("linear/") and name.endswith(("/top1", "/map_micro"))
+
+
 def verdict(records: Mapping[str, Record]) -> str:
     """Say in one line whether the run learned, or that nothing measured it."""
     findings = []
     for name, record in records.items():
         if name == "reconstruction/psnr":
             findings.append(_reconstruction(record))
-        elif is_knn(name) or is_dense(name):
+        elif is_knn(name) or is_dense(name) or is_linear(name):
             findings.append(_score(name, record))
         elif is_task_score(name):
             findings.append(_task(name, record))
@@ -119,16 +129,32 @@ def _task(name: str, record: Record) -> tuple[bool, str]:
 
 
 def _score(name: str, record: Record) -> tuple[bool | None, str]:
-    """Better or not than at step 0; None where the difference is smaller than two standard errors."""
+    """Better or not than at step 0; None where the difference is smaller than two standard errors.
+
+    Where step 0 cannot be compared, better or not than the base line, and None where that lies in the interval.
+    """
     kind, rest = name.split("/", 1)
     data, metric = rest.rsplit("/", 1)
-    what = "dense probe mIoU" if kind == "dense" else f"kNN {'top-1' if metric == 'top1' else 'mAP'}"
+    score = {"top1": "top-1", "miou": "mIoU"}.get(metric, "mAP")
+    what = f"{KINDS[kind]} {score}"
     text = f"{what} on {data} {record.last:.3f}"
-    if record.step_0 is None:
-        return False, f"{text} (step 0: not measured)"
-    if record.step_0_split != record.split:
-        return False, f"{text} on {record.split} cannot be compared with step 0 ({record.step_0_text()})"
+    if record.step_0 is None or record.step_0_split != record.split:
+        return _against_base_line(text, record)
     if abs(record.last - record.step_0) < 2 * record.error:
         return None, f"{text} is within the noise (± {2 * record.error:.3f}) of its step-0 value {record.step_0:.3f}"
     better = record.last > record.step_0
     return better, f"{text} is {'above' if better else 'not above'} its step-0 value {record.step_0:.3f}"
+
+
+def _against_base_line(text: str, record: Record) -> tuple[bool | None, str]:
+    """Better or not than the best base line, for a score without a step-0 value of the same split."""
+    text += interval_text(record)
+    rival = record.best_baseline()
+    if rival is None or record.interval is None:
+        if record.step_0 is None:
+            return False, f"{text} (step 0: not measured)"
+        return False, f"{text} on {record.split} cannot be compared with step 0 ({record.step_0_text()})"
+    low, high = record.interval
+    if low <= rival[1] <= high:
+        return None, f"{text} does not differ from {rival[0]} {rival[1]:.3f}"
+    return low > rival[1], f"{text} is {'above' if low > rival[1] else 'below'} {rival[0]} {rival[1]:.3f}"

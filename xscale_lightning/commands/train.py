@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import xscale_lightning.data.change
 import xscale_lightning.data.folder
@@ -31,6 +31,7 @@ from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
     AffinityPictures,
     FeatureGeometry,
+    LinearProbe,
     OnlineDenseProbe,
     OnlineKNN,
     PairAlignment,
@@ -52,6 +53,7 @@ CALLBACKS = {
     "checkpoint": ModelCheckpoint,
     "alignment": PairAlignment,
     "knn": OnlineKNN,
+    "linear": LinearProbe,
     "dense": OnlineDenseProbe,
     "geometry": FeatureGeometry,
     "pictures": ReconstructionPictures,
@@ -123,7 +125,14 @@ class CLI(LightningCLI):
             kwargs["logger"] = False  # until everything is checked: a logger's folder is made after that
         if config.get("enable_progress_bar") is False:
             self._parser(self.subcommand).callback_keys.remove("progress")
-        for key in getattr(self.model, "without_callbacks", ()):
+        left_out = set(getattr(self.model, "without_callbacks", ()))
+        if (
+            self.subcommand != "fit"
+            and self.model._start[0] is not None
+            and not self._get(self.config_init, "ckpt_path")
+        ):
+            left_out.add("pictures")  # `init_from` gives an encoder: the decoder beside it knows nothing
+        for key in left_out:
             self._parser(self.subcommand).callback_keys.remove(key)
         return super().instantiate_trainer(**kwargs)
 
@@ -135,8 +144,11 @@ class CLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoints.check_resume(path, self.model)
-        elif self.subcommand == "fit" and not path:
-            self.model.initialise()
+        elif not path:
+            start = self.model._start[0] or getattr(self.model, "init_from", None)
+            if self.subcommand != "fit" and start is None:
+                rank_zero_warn("neither --ckpt_path nor model.init_from is given: the weights are untrained.")
+            self.model.initialise(frozen=self.subcommand != "fit")
         cores = os.cpu_count() or 1
         if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.num_devices > cores:
             raise UserError(

@@ -1,5 +1,6 @@
 """Evaluation as pure functions on tensors: no Lightning, no files read, nothing remembered between calls."""
 
+from xscale_lightning.evaluation.bootstrap import Estimate, Statistic, bootstrap_draws, estimates, values
 from xscale_lightning.evaluation.dense import (
     DenseHead,
     DenseRecipe,
@@ -7,10 +8,10 @@ from xscale_lightning.evaluation.dense import (
     confusion_matrices,
     dense_scores,
     fit_dense_head,
-    miou_error,
 )
 from xscale_lightning.evaluation.geometry import effective_rank, mean_cosine, uniformity
-from xscale_lightning.evaluation.knn import knn_evaluate, knn_predict
+from xscale_lightning.evaluation.knn import knn_evaluate, knn_predict, knn_scores
+from xscale_lightning.evaluation.linear import LinearFit, LinearHead, LinearRecipe, fit_linear, logistic_regression
 from xscale_lightning.evaluation.pictures import composite, picture_grid, save_png, stretch_limits
 from xscale_lightning.evaluation.reconstruction import (
     ErrorSums,
@@ -22,6 +23,7 @@ from xscale_lightning.evaluation.reconstruction import (
     psnr,
 )
 from xscale_lightning.evaluation.scales import downsample
+from xscale_lightning.evaluation.scores import class_scores, label_scores, pixel_scores
 from xscale_lightning.evaluation.spectral import spectral_angle
 
 __all__ = [
@@ -29,25 +31,38 @@ __all__ = [
     "DenseRecipe",
     "DenseScores",
     "ErrorSums",
+    "Estimate",
+    "LinearFit",
+    "LinearHead",
+    "LinearRecipe",
+    "Statistic",
     "bilinear_inpainting",
+    "bootstrap_draws",
+    "class_scores",
     "composite",
     "confusion_matrices",
     "dense_scores",
     "downsample",
     "effective_rank",
     "error_sums",
+    "estimates",
     "fit_dense_head",
+    "fit_linear",
     "knn_evaluate",
     "knn_predict",
+    "knn_scores",
+    "label_scores",
+    "logistic_regression",
     "masked_psnr",
     "mean_cosine",
     "mean_fill",
-    "miou_error",
     "percentile_range",
     "picture_grid",
+    "pixel_scores",
     "psnr",
     "save_png",
     "spectral_angle",
     "stretch_limits",
     "uniformity",
+    "values",
 ]

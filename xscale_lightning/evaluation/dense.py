@@ -260,15 +260,3 @@ def dense_scores(confusion: Tensor) -> DenseScores:
     right = total.diagonal()
     iou = right / (total.sum(0) + total.sum(1) - right)  # 0 / 0: in neither
     return DenseScores(float(iou.nanmean()), float(right.sum() / total.sum()), tuple(iou.tolist()))
-
-
-def miou_error(confusion: Tensor, draws: int = 500, seed: int = 0) -> float:
-    """Standard error of the mean IoU, by drawing the images of `[N, K, K]` anew with replacement (bootstrap)."""
-    count, flat = len(confusion), confusion.flatten(1).double()
-    index = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, index, torch.ones_like(index).double())
-    total = (times @ flat).view(draws, *confusion.shape[1:])
-    right = total.diagonal(dim1=1, dim2=2)
-    miou = (right / (total.sum(1) + total.sum(2) - right)).nanmean(1)
-    miou = miou[miou.isfinite()]
-    return float(miou.std(correction=0)) if len(miou) else 0.0

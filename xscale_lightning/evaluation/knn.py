@@ -5,14 +5,13 @@ of Wu et al. 2018 (Non-Parametric Instance Discrimination) that DINO (Caron et a
 neighbour with cosine similarity s counts exp(s / T).
 """
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.evaluation.bootstrap import Statistic, values
+from xscale_lightning.evaluation.scores import class_scores, label_scores
 
 
 def _check(train_features: Tensor, train_labels: Tensor, features: Tensor, k: int, temperature: float | None) -> None:
@@ -92,7 +91,7 @@ def knn_predict(
         return torch.cat(predictions) if predictions else labels[:0]
 
 
-def knn_evaluate(
+def knn_scores(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
@@ -100,12 +99,11 @@ def knn_evaluate(
     k: int = 5,
     temperature: float | None = None,
     chunk: int = 1024,
-) -> dict[str, float]:
-    """Score `knn_predict` over the whole set; arguments as there, `labels` `[M]` or `[M, K]` like `train_labels`.
+) -> Statistic:
+    """Scores of `knn_predict` over the whole set; arguments as there, `labels` `[M]` or `[M, K]` like `train_labels`.
 
     Returns:
-        `{"top1"}` for class numbers; `{"map_micro", "map_macro"}` for multi-label data, where classes without a single
-        positive among `labels` are left out of the macro mean.
+        `class_scores` for class numbers, `label_scores` for multi-label data.
 
     Raises:
         UserError: as `knn_predict`, and if there is nothing to score or only one of the label sets is multi-label.
@@ -117,12 +115,24 @@ def knn_evaluate(
             f"labels: shape {tuple(labels.shape)} does not go with training labels {tuple(train_labels.shape)}."
         )
     predicted = knn_predict(train_features, train_labels, features, k, temperature, chunk)
-    labels = labels.to(predicted.device)
-    if labels.ndim == 1:
-        return {"top1": (predicted == labels).float().mean().item()}
-    with warnings.catch_warnings():  # about the classes without positives, which are left out below
-        warnings.filterwarnings("ignore", message=".*No positive samples.*")
-        warnings.filterwarnings("ignore", message=".*Average precision score for one or more classes.*")
-        micro = multilabel_average_precision(predicted, labels.long(), labels.shape[1], average="micro")
-        per_class = multilabel_average_precision(predicted, labels.long(), labels.shape[1], average="none")
-    return {"map_micro": micro.item(), "map_macro": per_class[labels.bool().any(dim=0)].mean().item()}
+    if labels.ndim == 2:
+        return label_scores(predicted, labels)
+    return class_scores(predicted, labels, 1 + max(int(train_labels.max()), int(labels.max())))
+
+
+def knn_evaluate(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    k: int = 5,
+    temperature: float | None = None,
+    chunk: int = 1024,
+) -> dict[str, float]:
+    """Score `knn_predict` over the whole set; arguments and errors as `knn_scores`.
+
+    Returns:
+        `{"top1", "macro_f1"}` for class numbers; `{"map_micro", "map_macro"}` for multi-label data, where classes
+        without a single positive among `labels` are left out of the macro mean.
+    """
+    return values(knn_scores(train_features, train_labels, features, labels, k, temperature, chunk))

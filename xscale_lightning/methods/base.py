@@ -208,8 +208,8 @@ class SSLModule(ScheduledModule):
         """Start from the weights of `init_from`, unless the run is resumed."""
         self.initialise()
 
-    def initialise(self) -> None:
-        """Take the weights of `init_from`, if it is given; only once.
+    def initialise(self, frozen: bool = False) -> None:
+        """Take the weights of `init_from`, if it is given; only once. `frozen` takes the statistics of its bands, too.
 
         Raises:
             UserError: no such weights, of other bands, or that do not fit.
@@ -218,7 +218,7 @@ class SSLModule(ScheduledModule):
         if source is not None:
             from xscale_lightning.init_from import start_from
 
-            rank_zero_info(f"encoder from {source}: {start_from(self, source, adapt_bands)}")
+            rank_zero_info(f"encoder from {source}: {start_from(self, source, adapt_bands, frozen)}")
             self._start = (None, False)
 
     def check_data(self, data: Any, fitting: bool) -> None:
