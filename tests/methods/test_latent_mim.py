@@ -177,7 +177,7 @@ def test_a_step_takes_jittered_patches_and_hides_the_rest():
     assert module.step({"image": images}).loss == module.loss(cut, order[:, :3], order[:, 3:7]).loss
 
 
-@pytest.mark.parametrize("size", [(6, 15), (24, 30), (24, 31), (24, 62)])
+@pytest.mark.parametrize("size", [(6, 15), (24, 30), (24, 62)])
 def test_finer_images_that_nobody_asked_for_are_left_alone(size):
     """Alone on paired data: the views have resized the image, and not `image_hr`."""
     module = make(gap=0.5, mask_ratio=0.7)
@@ -187,7 +187,8 @@ def test_finer_images_that_nobody_asked_for_are_left_alone(size):
         torch.manual_seed(3)
         output = module.step({**batch, **finer})
         losses.append(output.loss)
-    assert torch.equal(*losses) and ("image_hr" in output.encoded) == (size == (24, 62))
+        assert "image_hr" not in output.encoded
+    assert torch.equal(*losses)
 
 
 def test_student_and_target_see_their_own_patches_alone():
