@@ -350,6 +350,7 @@ def test_maps_are_those_of_the_student_on_mr_and_the_teacher_on_hr():
         ({"name": "mae", "teacher": "host"}, "MAE has no EMA that could teach: set teacher to own"),
         ({"host_args": {"backbone": {}}}, "host_args has backbone.*give model.backbone"),
         ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa': there is no argument 'mask_rato'"),
+        ({"host_args": {"ema_momentum": {"kind": "constant", "start": 1.0, "end": 1.0}}}, "momentum 1 and stays"),
         ({"ratio": 0}, "ratio must be"),
         ({"weight": -1.0}, "weight must not be negative"),
     ],

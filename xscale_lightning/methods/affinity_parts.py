@@ -43,8 +43,8 @@ def load_teacher(path: str, student: Encoder, records: Sequence[Bands]) -> Encod
     theirs, ours = (x.token_grid(side, side) for x in (encoder, student))
     if theirs != ours:
         raise UserError(
-            f"model.teacher {path!r} has patches of {encoder.patch_size} pixels in {theirs[0]} group(s) of bands and the "
-            f"student of {student.patch_size} in {ours[0]}: take a teacher with the student's patches."
+            f"model.teacher {path!r} has patches of {encoder.patch_size} pixels in {theirs[0]} group(s) of bands and "
+            f"the student of {student.patch_size} in {ours[0]}: take a teacher with the student's patches."
         )
     return encoder.requires_grad_(False)
 
