@@ -352,6 +352,7 @@ def test_wrong_parts_are_refused():
     [
         ({}, (4, 40), "an image of 4 x 40 pixels has no room for a patch of 4 pixels and a gap of 1"),
         ({}, (10, 20), "mask_ratio 0.897 leaves none of the 8 tokens visible"),
+        ({}, (5, 5), "needs three patches, .* image of 5 x 5 pixels has 1: take larger images"),
         ({"mask_ratio": 0.1}, (10, 20), "leave 1 of the 8 patches of an image of 10 x 20 pixels to predict"),
         ({"predict_ratio": 0.05}, (20, 20), "predict_ratio 0.05 leave 1 of the 16 patches"),
         ({"gap": 0.0}, (10, 20), "patch size 4 does not divide the image of 10 x 20 pixels"),

@@ -118,6 +118,11 @@ class LatentMIM(SSLModule):
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size at which no patch is visible, or fewer than two are predicted."""
         count = math.prod(self.token_grid(height, width))
+        if count < 3:
+            raise UserError(
+                f"LatentMIM needs three patches, one visible and two to predict; an image of {height} x {width} pixels "
+                f"has {count}: take larger images, smaller patches or less gap."
+            )
         predicted = self._predicted(count - keep_count(count, self.mask_ratio))
         if predicted < 2:
             raise UserError(
