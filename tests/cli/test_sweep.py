@@ -12,6 +12,7 @@ import yaml
 from xscale_lightning import cli
 from xscale_lightning.checkpoints import _flat
 from xscale_lightning.commands import sweep
+from xscale_lightning.commands.optional_args import settle_optional_args
 from xscale_lightning.commands.stage_options import insert_configs, take_apart
 from xscale_lightning.commands.stages import check
 from xscale_lightning.commands.train import CLI, build
@@ -193,7 +194,7 @@ def test_every_ablation_differs_from_the_papers_choice_in_its_own_factor_alone(b
 
     def resolved(overlay: dict) -> dict:
         arguments = ["fit", *insert_configs([*configs, *NARROW], ["--config", json.dumps(overlay)])]
-        return dict(_flat(parser.parse_args(arguments).fit.model.init_args.as_dict()))
+        return dict(_flat(parser.parse_args(settle_optional_args(arguments)).fit.model.init_args.as_dict()))
 
     default = resolved(variants.pop("default"))
     paper = {"decoder_depth": 4, "mask_ratio": 0.9, "normalize": "minmax", "backbone.patch_size": 8}
