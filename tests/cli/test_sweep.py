@@ -13,6 +13,7 @@ from xscale_lightning import cli
 from xscale_lightning.checkpoints import _flat
 from xscale_lightning.commands import sweep
 from xscale_lightning.commands.optional_args import settle_optional_args
+from xscale_lightning.commands.parser import import_methods
 from xscale_lightning.commands.stage_options import insert_configs, take_apart
 from xscale_lightning.commands.stages import check
 from xscale_lightning.commands.train import CLI, build
@@ -190,6 +191,7 @@ OWN = {  # by variant, what it has in the place of `default`'s
 def test_every_ablation_differs_from_the_papers_choice_in_its_own_factor_alone(beneath):
     variants = sweep.read_variants(str(ABLATIONS))
     configs = [word for name in ("s2mae.yaml", beneath) for word in ("--config", str(ROOT / "configs" / name))]
+    import_methods()
     parser = build(CLI, arguments=["fit", *configs, *NARROW], check_only=True).parser
 
     def resolved(overlay: dict) -> dict:
