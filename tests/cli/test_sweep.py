@@ -172,6 +172,19 @@ def test_every_ablation_can_run(name):
         check(take_apart([*["fit", *options], "--model.no_such_option", "1"]))
 
 
+AFFINITY = yaml.safe_load(ABLATIONS.with_name("spatial_affinity.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", list(AFFINITY))
+def test_every_comparison_of_spatial_affinity_can_run_and_says_all_that_the_others_change(name):
+    configs = [str(ROOT / "configs" / file) for file in ("sa_latent_mim.yaml", "latent_mim_quick.yaml")]
+    options = ["--config", configs[0], "--config", configs[1]]
+    check(take_apart(["fit", *insert_configs(options, ["--config", json.dumps(AFFINITY[name])])]))
+    arguments, default = (AFFINITY[n]["model"]["init_args"] for n in (name, "pair"))
+    assert set(arguments) == set(default)
+    assert sum(value != default[key] for key, value in arguments.items()) == (name != "pair")
+
+
 OWN = {  # by variant, what it has in the place of `default`'s
     "positions_joint_sincos": {"backbone.position": "sincos", "backbone.spectral": "joint"},
     "positions_sincos": {"backbone.position": "sincos", "backbone.spectral": "sincos"},
