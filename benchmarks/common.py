@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,6 +215,9 @@ class Ours:
                         block.compile()
         self.device, self.dtype = device, dtype
         self.batch = {"image": synthetic_images(size, device), "gsd": torch.full((size.batch,), 10.0, device=device)}
+        if ratio := getattr(self.module, "ratio", None):  # an add-on that learns from pairs
+            self.batch["image_hr"] = F.interpolate(self.batch["image"], scale_factor=ratio, mode="bilinear")
+            self.batch["gsd_hr"] = self.batch["gsd"] / ratio
         self.optimizer = build_adamw(parameter_groups(self.module), OptimizerConfig())
 
     def forward(self) -> Tensor:

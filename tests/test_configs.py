@@ -27,9 +27,12 @@ COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
 S2MAE_OVERLAYS = ("s2mae_quick.yaml", "s2mae_stages.yaml", "s2mae_hyperspectral.yaml")
-OVERLAYS = sorted(
-    set(FILES) - set(DATA) - set(COMPLETE) - set(S2MAE_OVERLAYS) - {"dense_probe.yaml", "evaluation.yaml"}
-)
+OWN_QUICK = {
+    "latent_mim_quick.yaml": ("latent_mim.yaml", "sa_latent_mim.yaml"),
+    "ijepa_quick.yaml": ("ijepa.yaml", "sa_ijepa.yaml"),
+}
+ADDITIONS = ("dense_probe.yaml", "evaluation.yaml")
+OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - {*S2MAE_OVERLAYS, *OWN_QUICK, *ADDITIONS})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -113,6 +116,19 @@ def test_s2mae_has_a_quick_variant(tmp_path):
     assert saved["init_args"]["predict_ratio"] == given["predict_ratio"]
     assert saved["init_args"]["backbone"]["dim"] == given["backbone"]["dim"]
     assert [band["name"] for band in saved["bands"]["bands"]] == list(SENSORS["sentinel2_l1c_12"].names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overlay", "name"), [(quick, name) for quick, names in OWN_QUICK.items() for name in names])
+def test_methods_with_a_quick_variant_of_their_own(overlay, name, tmp_path):
+    saved = fit(tmp_path, *config(name), *config(overlay), *QUICK, "--data.samples_per_epoch", "16")
+    arguments = saved["init_args"]
+    wanted = FILES[overlay]["model"]["init_args"]["backbone"]
+    assert {key: arguments["backbone"][key] for key in wanted} == wanted
+    own = arguments.get("host_args", arguments)
+    for key, value in FILES[overlay]["model"]["optional_args"].items():
+        given = own[key]
+        assert (value.items() <= given.items()) if isinstance(value, dict) else given == value, key
 
 
 @pytest.mark.slow

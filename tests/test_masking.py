@@ -73,3 +73,5 @@ def test_the_ratio_that_the_error_recommends_leaves_a_token():
         assert highest_ratio(length) >= 1 - 1 / length - 2e-3
     with pytest.raises(UserError, match=r"none of the 12 tokens visible: lower it to at most 0\.916"):
         keep_count(12, 0.95)
+    with pytest.raises(UserError, match="has none to hide: take larger images"):
+        keep_count(1, 0.5)

@@ -17,6 +17,8 @@ def keep_count(length: int, ratio: float) -> int:
     check_ratio(ratio)
     count = int(length * (1 - ratio))
     if count < 1:
+        if length < 2:
+            raise UserError(f"an image of {length} token(s) has none to hide: take larger images or smaller patches.")
         raise UserError(
             f"mask_ratio {ratio} leaves none of the {length} tokens visible: "
             f"lower it to at most {highest_ratio(length):g}."

@@ -131,9 +131,12 @@ class BlockMasks:
         sizes = self._target_sizes(height, width)
         smallest, largest = min(h * w for h, w in sizes), max(h * w for h, w in sizes)
         if legacy and smallest < self.least(height, width):
+            lower = (
+                f"lower it to less than {smallest}, " if smallest else ""
+            )  # an empty block is one token short of any
             raise UserError(
                 f"masks: on {grid} a target block can have {smallest} tokens, and the legacy sampler wants more than "
-                f"min_keep {self.min_keep} in every block: lower it, {advice}, or set masks.sampler to packed."
+                f"min_keep {self.min_keep} in every block: {lower}{advice}, or set masks.sampler to packed."
             )
         context = math.prod(_size(height, width, self.context_scale[0], 1.0, legacy))
         if min(context, height * width - largest) < self.least(height, width):

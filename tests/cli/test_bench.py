@@ -25,7 +25,7 @@ BASE = {
         "class_path": "mae",
         "init_args": {
             **{"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-            "backbone": {"name": "vit_tiny_patch8", "depth": 1, "dim": 16, "num_heads": 2},
+            "backbone": {"name": "vit_tiny_patch8", "depth": 2, "dim": 16, "num_heads": 2},
         },
     },
     "data": {

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from xscale_lightning import __version__, cli
-from xscale_lightning.commands.parser import concise
+from xscale_lightning.commands.parser import concise, import_methods
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])
@@ -70,9 +70,16 @@ def test_schema_for_editors(tmp_path):
     [
         ("Option 'mask_ration' is not accepted", "unknown option 'mask_ration': did you mean 'mask_ratio'?"),
         ("unrecognized arguments: --backbone.nmae=x", "unknown option 'backbone.nmae': did you mean 'name'?"),
+        ("unrecognized arguments: --max_epochs=3", "unknown option 'max_epochs': did you mean 'trainer.max_epochs'?"),
+        ("unrecognized arguments: --model.dim=3", "unknown option 'model.dim': did you mean 'model.backbone.dim'?"),
+        (
+            "Group 'model' does not accept option 'predictor'",
+            "unknown option 'predictor': it is an argument of IJEPA; that of a host goes into model.host_args.",
+        ),
         ("the following arguments are required: fit.data, fit.model", "missing: data, model."),
         ("Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x", "a.b: Expected a float. Got value: x"),
     ],
 )
 def test_parser_messages_are_made_short(message, short):
-    assert concise(message, ["mask_ratio", "name"]).startswith(short)
+    import_methods()  # as the command line does
+    assert concise(message, ["model.mask_ratio", "name", "trainer.max_epochs"]).startswith(short)

@@ -12,6 +12,8 @@ import yaml
 from xscale_lightning import cli
 from xscale_lightning.checkpoints import _flat
 from xscale_lightning.commands import sweep
+from xscale_lightning.commands.optional_args import settle_optional_args
+from xscale_lightning.commands.parser import import_methods
 from xscale_lightning.commands.stage_options import insert_configs, take_apart
 from xscale_lightning.commands.stages import check
 from xscale_lightning.commands.train import CLI, build
@@ -170,6 +172,19 @@ def test_every_ablation_can_run(name):
         check(take_apart([*["fit", *options], "--model.no_such_option", "1"]))
 
 
+AFFINITY = yaml.safe_load(ABLATIONS.with_name("spatial_affinity.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", list(AFFINITY))
+def test_every_comparison_of_spatial_affinity_can_run_and_says_all_that_the_others_change(name):
+    configs = [str(ROOT / "configs" / file) for file in ("sa_latent_mim.yaml", "latent_mim_quick.yaml")]
+    options = ["--config", configs[0], "--config", configs[1]]
+    check(take_apart(["fit", *insert_configs(options, ["--config", json.dumps(AFFINITY[name])])]))
+    arguments, default = (AFFINITY[n]["model"]["init_args"] for n in (name, "pair"))
+    assert set(arguments) == set(default)
+    assert sum(value != default[key] for key, value in arguments.items()) == (name != "pair")
+
+
 OWN = {  # by variant, what it has in the place of `default`'s
     "positions_joint_sincos": {"backbone.position": "sincos", "backbone.spectral": "joint"},
     "positions_sincos": {"backbone.position": "sincos", "backbone.spectral": "sincos"},
@@ -189,11 +204,12 @@ OWN = {  # by variant, what it has in the place of `default`'s
 def test_every_ablation_differs_from_the_papers_choice_in_its_own_factor_alone(beneath):
     variants = sweep.read_variants(str(ABLATIONS))
     configs = [word for name in ("s2mae.yaml", beneath) for word in ("--config", str(ROOT / "configs" / name))]
+    import_methods()
     parser = build(CLI, arguments=["fit", *configs, *NARROW], check_only=True).parser
 
     def resolved(overlay: dict) -> dict:
         arguments = ["fit", *insert_configs([*configs, *NARROW], ["--config", json.dumps(overlay)])]
-        return dict(_flat(parser.parse_args(arguments).fit.model.init_args.as_dict()))
+        return dict(_flat(parser.parse_args(settle_optional_args(arguments)).fit.model.init_args.as_dict()))
 
     default = resolved(variants.pop("default"))
     paper = {"decoder_depth": 4, "mask_ratio": 0.9, "normalize": "minmax", "backbone.patch_size": 8}

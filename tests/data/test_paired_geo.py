@@ -120,11 +120,11 @@ def measure(data, monkeypatch):
 @pytest.mark.parametrize("ratio", [Fraction(2), Fraction(10, 3)])
 def test_hr_shifted_by_one_pixel_fires(tmp_path, monkeypatch, ratio):
     tile(tmp_path / "good", size=96, ratio=ratio)
-    found = measure(pairs(tmp_path / "good", image_size=24), monkeypatch)
+    found = measure(pairs(tmp_path / "good", image_size=24, fractions=(0.5, 0.5, 0.0)), monkeypatch)
     assert found.pixels < 0.25
     tile(tmp_path / "bad", size=96, ratio=ratio, shift=1.0)
     with pytest.raises(UserError, match=r"HR lies \+[01]\.\d\d rows and [+-]0\.\d\d columns of HR .* beside MR"):
-        measure(pairs(tmp_path / "bad", image_size=24), monkeypatch)
+        measure(pairs(tmp_path / "bad", image_size=24, fractions=(0.5, 0.5, 0.0)), monkeypatch)
 
 
 def test_neighbouring_tiles_and_workers(tmp_path):

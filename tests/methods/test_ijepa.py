@@ -182,14 +182,16 @@ def test_features_are_those_of_the_target_or_the_student():
     assert not torch.allclose(target.features(batch), student.features(batch))
 
 
-def trained(accumulate: int = 1, momentum: float = 0.9) -> tuple[IJEPA, list[dict[str, Tensor]]]:
+def trained(
+    accumulate: int = 1, momentum: float = 0.9, last: float | None = None
+) -> tuple[IJEPA, list[dict[str, Tensor]]]:
     """Two micro-batches of training; the target's weights after each."""
     torch.manual_seed(0)
     model = IJEPA(
         bands=generic(3),
         backbone=SMALL,
         predictor=PredictorConfig(NARROW, 1),
-        ema_momentum=Schedule("constant", momentum, momentum),
+        ema_momentum=Schedule("linear", momentum, momentum if last is None else last),
         optimizer=OptimizerConfig(lr=0.1),
         views=Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False, rot90=False),
     )
@@ -220,6 +222,12 @@ def test_the_target_moves_only_after_a_real_optimizer_step():
     assert all(torch.equal(p, last[n]) for n, p in model.backbone.named_parameters())  # follows at once
     assert any(not torch.equal(before[n], last[n]) for n in before)
     assert all(torch.equal(states[n], before[n]) for states in trained(momentum=1.0)[1] for n in states)
+
+
+def test_the_momentum_of_an_update_is_that_of_its_step():
+    model, (_, first, second) = trained(momentum=0.0, last=1.0)  # 0 and 0.5
+    for name, p in model.backbone.named_parameters():
+        torch.testing.assert_close(second[name], 0.5 * first[name] + 0.5 * p)
 
 
 def test_the_schedules_are_the_published_ones():

@@ -177,7 +177,7 @@ def test_a_step_takes_jittered_patches_and_hides_the_rest():
     assert module.step({"image": images}).loss == module.loss(cut, order[:, :3], order[:, 3:7]).loss
 
 
-@pytest.mark.parametrize("size", [(6, 15), (24, 30), (24, 31), (24, 62)])
+@pytest.mark.parametrize("size", [(6, 15), (24, 30), (24, 62)])
 def test_finer_images_that_nobody_asked_for_are_left_alone(size):
     """Alone on paired data: the views have resized the image, and not `image_hr`."""
     module = make(gap=0.5, mask_ratio=0.7)
@@ -187,7 +187,8 @@ def test_finer_images_that_nobody_asked_for_are_left_alone(size):
         torch.manual_seed(3)
         output = module.step({**batch, **finer})
         losses.append(output.loss)
-    assert torch.equal(*losses) and ("image_hr" in output.encoded) == (size == (24, 62))
+        assert "image_hr" not in output.encoded
+    assert torch.equal(*losses)
 
 
 def test_student_and_target_see_their_own_patches_alone():
@@ -351,6 +352,7 @@ def test_wrong_parts_are_refused():
     [
         ({}, (4, 40), "an image of 4 x 40 pixels has no room for a patch of 4 pixels and a gap of 1"),
         ({}, (10, 20), "mask_ratio 0.897 leaves none of the 8 tokens visible"),
+        ({}, (5, 5), "needs three patches, .* image of 5 x 5 pixels has 1: take larger images"),
         ({"mask_ratio": 0.1}, (10, 20), "leave 1 of the 8 patches of an image of 10 x 20 pixels to predict"),
         ({"predict_ratio": 0.05}, (20, 20), "predict_ratio 0.05 leave 1 of the 16 patches"),
         ({"gap": 0.0}, (10, 20), "patch size 4 does not divide the image of 10 x 20 pixels"),

@@ -113,6 +113,24 @@ def test_the_teacher_sees_only_what_lies_under_the_students_patches(name):
     assert not torch.allclose(first, pooled_children(encoder, torch.where(under, -images, images), seen, 2))
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_in_a_step_of_any_host_the_rest_of_hr_may_be_anything(name, monkeypatch):
+    module, calls = make(name), []
+    terms = module.affinity_terms
+    monkeypatch.setattr(module, "affinity_terms", lambda *given: calls.append(given) or terms(*given))
+    module.step(module.prepare(pair()))
+    ((seen, images, gsd),) = calls
+    for tokens in seen:
+        lengths = tokens.lengths or [tokens.kept.shape[1]] * 2
+        visible = torch.zeros(2, *tokens.grid).flatten(1)
+        for row, kept, length in zip(visible, tokens.kept, lengths, strict=True):
+            row[kept[:length]] = 1.0
+        assert 0 < visible.mean() < 1
+        under = F.interpolate(visible.view(2, *tokens.grid), size=images.shape[-2:]) > 0
+        alone = terms([tokens], torch.where(under, images, torch.nan), gsd)
+        assert all(torch.equal(value, alone[key]) for key, value in terms([tokens], images, gsd).items())
+
+
 def test_contexts_of_different_length_are_as_if_each_were_alone():
     module = make().double()
     images, encoder = torch.randn(2, 3, 96, 128).double(), module.teacher(torch.device("cpu"))
@@ -350,7 +368,8 @@ def test_maps_are_those_of_the_student_on_mr_and_the_teacher_on_hr():
     [
         ({"name": "mae", "teacher": "host"}, "MAE has no EMA that could teach: set teacher to own"),
         ({"host_args": {"backbone": {}}}, "host_args has backbone.*give model.backbone"),
-        ({"host_args": {"mask_rato": 0.5}}, "do not fit host 'ijepa': there is no argument 'mask_rato'"),
+        ({"host_args": {"mask_rato": 0.5}}, "'ijepa': there is no argument 'mask_rato'; there are masks, pred"),
+        ({"host_args": {"ema_momentum": {"kind": "constant", "start": 1.0, "end": 1.0}}}, "momentum 1 and stays"),
         ({"ratio": 0}, "ratio must be"),
         ({"weight": -1.0}, "weight must not be negative"),
     ],

@@ -169,7 +169,10 @@ def _check(evaluation: Evaluation, start: Start, options: Sequence[str], seed: i
     words = [*_configs(evaluation.configs), *evaluation.options, *options]
     frozen = evaluation.verb == "test"
     arguments = ["test", "--config", json.dumps(start.base), *words] if frozen else ["fit", *words]
-    config, cli = resolve(_seeded(arguments, seed))
+    shape: list[str] = []  # of an encoder that is not trained yet, so that it cannot be given to the recipe itself
+    if not frozen and start.path is None and (backbone := start.base["model"]["init_args"].get("backbone")):
+        shape = ["--config", json.dumps({"model": {"init_args": {"backbone": backbone}}})]
+    config, cli = resolve(_seeded([*arguments, *shape], seed))
     if cli is None:
         raise UserError("a recipe with stages cannot be an evaluation: leave its stages out.")
     option: Option = "--model.init_from"

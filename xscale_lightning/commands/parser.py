@@ -22,6 +22,12 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
 BASES: dict[str, type] = {"model": SSLModule, "data": XScaleDataModule}
+CONFIGS: dict[str, type] = {
+    "model.backbone": BackboneConfig,
+    "model.optimizer": OptimizerConfig,
+    "model.views": Views,
+    "data.bands": BandSelection,
+}
 
 
 def load_yaml(text: str) -> Any:
@@ -70,7 +76,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the user's error inside `ex`, or the parser's message made short, as a `UserError`."""
         ours = find_user_error(ex) if ex is not None else None
-        raise ours or UserError(concise(message, sorted({dest.rsplit(".", 1)[-1] for dest in self._known()}))) from ex
+        raise ours or UserError(concise(message, sorted(set(self._known())))) from ex
 
     def _known(self) -> Iterator[str]:
         yield from (action.dest for action in self._actions)
@@ -83,14 +89,12 @@ def concise(message: str, options: list[str]) -> str:
 
     Args:
         message: the parser's own, of any length.
-        options: names of options known to the parser, for "did you mean".
+        options: options known to the parser, for "did you mean".
     """
     flat = re.sub(r"\s+", " ", message).strip()
     if found := re.search(r"(?:unrecognized arguments: -*|Option '|does not accept option ')([\w.\-]+)", flat, re.I):
         name = found.group(1)
-        near = difflib.get_close_matches(name.rsplit(".", 1)[-1], options + list(_arguments()), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`--help` and --print_config show what there is."
-        return f"unknown option {name!r}: {hint}"
+        return f"unknown option {name!r}: {_hint(name, options)}"
     if found := re.search(r"Parser key \"(model|data|knn\.data|dense\.data)\".*Given value: (\S+)$", flat):
         key, value = found.groups()
         names = [cls.__name__ for cls in _subclasses(BASES[key.rsplit(".", 1)[-1]])]
@@ -108,6 +112,22 @@ def concise(message: str, options: list[str]) -> str:
     return flat[:300]
 
 
+def _hint(name: str, options: list[str]) -> str:
+    """Where an unknown option belongs, if there is one of its name, else one of a similar name."""
+    leaf = name.rsplit(".", 1)[-1]
+    places = [option for option in options if option.rsplit(".", 1)[-1] == leaf]
+    places += [f"{path}.{leaf}" for path, config in CONFIGS.items() if leaf in config.__dataclass_fields__]
+    if places := [place for place in places if place != name]:
+        return f"did you mean {places[0]!r}?"
+    for key, base in BASES.items():
+        owners = [cls.__name__ for cls in _subclasses(base) if leaf in inspect.signature(cls).parameters]
+        if owners:
+            host = "; that of a host goes into model.host_args" if key == "model" else ""
+            return f"it is an argument of {', '.join(dict.fromkeys(owners))}{host}."
+    near = difflib.get_close_matches(leaf, [option.rsplit(".", 1)[-1] for option in options] + list(_arguments()), n=1)
+    return f"did you mean {near[0]!r}?" if near else "`--help` and --print_config show what there is."
+
+
 def _subclasses(cls: type) -> Iterator[type]:
     for child in cls.__subclasses__():
         yield child
@@ -119,5 +139,5 @@ def _arguments() -> Iterator[str]:
     for base in BASES.values():
         for cls in (base, *_subclasses(base)):
             yield from inspect.signature(cls).parameters
-    for config in (BackboneConfig, OptimizerConfig, Views, BandSelection):
+    for config in CONFIGS.values():
         yield from (field.name for field in dataclasses.fields(config))

@@ -212,7 +212,7 @@ class PairedFolders(SceneFolder):
                 reason = self._far_apart(mr, hr)
             counts = f"none of the {len(hr)} HR images belongs to one of the {len(mr)} MR images"
             raise UserError(f"data.root_hr: {counts} {reason}.")
-        self._report_missing(missing, len(mr))
+        self._report_missing([name if name.strip("./\\") else mr[name].path for name in missing], len(mr))
         if unused:
             logger.warning("%d of %d HR images belong to no MR image and are not used.", len(unused), len(hr))
         return pairs

@@ -24,9 +24,10 @@ def check_paired_data(data: Any, bands: Bands, ratio: int, source: str) -> None:
     if given == 1 and not files:
         raise UserError(f"source {source} needs HR and the data deliver none: set data.pair_ratio to {ratio}.")
     if given is not None and given != ratio:
+        name = "data.ratio (with data.resample true where the files' is another)" if files else "data.pair_ratio"
         raise UserError(
-            f"source {source} with model.ratio {ratio}, the data's pairs have ratio {given}: set both to the same "
-            "whole number."
+            f"source {source} with model.ratio {ratio}, the data's pairs have ratio {given}: set model.ratio and "
+            f"{name} to the same whole number."
         )
     finer: Bands | None = getattr(data, "bands_hr", None)
     if finer is None:

@@ -1,5 +1,6 @@
 """A method around another one, its host: whatever the wrapper does not say itself is the host's."""
 
+import inspect
 from argparse import ArgumentError
 from collections.abc import Mapping
 from typing import Any
@@ -119,6 +120,17 @@ class HostedMethod(SSLModule):
         return optimizer
 
 
+def arguments_of(cls: type) -> list[str]:
+    """Names of the constructor arguments of `cls`, and of its bases where it passes `**kwargs` on."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != "self"]
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return list(dict.fromkeys(names))
+
+
 def build_host(name: str, arguments: Mapping[str, Any], shared: Mapping[str, Any]) -> SSLModule:
     """The host method `name` (announced name or class path) with its own and the shared arguments.
 
@@ -134,4 +146,8 @@ def build_host(name: str, arguments: Mapping[str, Any], shared: Mapping[str, Any
         return checkpoints.build_method(cls, checkpoints.plain({**arguments, **shared}))
     except ArgumentError as error:
         reason = " ".join(str(error).split()).replace("Group 'method' does not accept option", "there is no argument")
-        raise UserError(f"model.host_args do not fit host {name!r}: {reason.replace('method.', '')[:300]}") from error
+        reason = reason.replace("method.", "")[:300]
+        if "there is no argument" in reason:
+            own = [argument for argument in arguments_of(cls) if argument not in SHARED]
+            reason = f"{reason.rstrip('.')}; there are {', '.join(own) or 'none'}."
+        raise UserError(f"model.host_args do not fit host {name!r}: {reason}") from error

@@ -118,6 +118,11 @@ class LatentMIM(SSLModule):
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size at which no patch is visible, or fewer than two are predicted."""
         count = math.prod(self.token_grid(height, width))
+        if count < 3:
+            raise UserError(
+                f"LatentMIM needs three patches, one visible and two to predict; an image of {height} x {width} pixels "
+                f"has {count}: take larger images, smaller patches or less gap."
+            )
         predicted = self._predicted(count - keep_count(count, self.mask_ratio))
         if predicted < 2:
             raise UserError(
@@ -157,10 +162,10 @@ class LatentMIM(SSLModule):
 
     def _finer(self, batch: Batch, offsets: Tensor) -> Batch:
         """`image_hr` cut like the image: of every patch the same ground, in r x r patches without gaps; and its gsd."""
-        (height, width), finer = batch["image"].shape[-2:], batch.get("image_hr")
-        if finer is None or (ratio := finer.shape[-2] // height) < 1 or finer.shape[-1] // width != ratio:
-            return {}  # paired data that nobody asked for: as loaded, while the image has had its views
-        cell = self.patch_size + self.gap
+        if not self.paired or "image_hr" not in batch:  # of paired data that nobody asked for it is still as loaded
+            return {}
+        (height, width), finer = batch["image"].shape[-2:], batch["image_hr"]
+        ratio, cell = finer.shape[-2] // height, self.patch_size + self.gap
         (top, rows), (left, columns) = (((n % cell) // 2 * ratio, n // cell * cell * ratio) for n in (height, width))
         finer = finer[..., top : top + rows, left : left + columns]
         cut = take_patches(finer, ratio * self.patch_size, ratio * self.gap, ratio * offsets)

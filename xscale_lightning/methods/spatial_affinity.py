@@ -150,6 +150,8 @@ class SpatialAffinity(HostedMethod):
             self.own = self.make_target(self.host.student_encoder, declared)  # type: ignore[arg-type]
         elif name == "host" and self.host.target_encoder is None:
             raise UserError(f"{type(self.host).__name__} has no EMA that could teach: set teacher to own.")
+        elif name == "host" and _never_moves(self._schedules.get("ema_momentum")):
+            raise UserError("the host's target has momentum 1 and stays as it was drawn: set teacher to own.")
 
     @property
     def method_name(self) -> str:
@@ -280,3 +282,7 @@ class SpatialAffinity(HostedMethod):
     def _part(self, encoder: nn.Module) -> nn.Module:
         """`encoder`, without its projection head if that is not to be compared."""
         return encoder.backbone if self.feature == "norm" and isinstance(encoder, ProjectedEncoder) else encoder
+
+
+def _never_moves(momentum: object) -> bool:
+    return isinstance(momentum, Schedule) and momentum.start == momentum.end == 1
