@@ -125,7 +125,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = False  # until everything is checked: a logger's folder is made after that
         if config.get("enable_progress_bar") is False:
             self._parser(self.subcommand).callback_keys.remove("progress")
-        left_out = set(getattr(self.model, "without_callbacks", ()))
+        left_out: set[str] = set(getattr(self.model, "without_callbacks", ()))
         if (
             self.subcommand != "fit"
             and self.model._start[0] is not None
