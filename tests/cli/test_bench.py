@@ -365,4 +365,5 @@ def test_the_shipped_bench_runs(tmp_path, monkeypatch):
     assert cli.main(["bench", str(path), "--only", "mae,random", "--output", str(tmp_path / "out"), *short]) == 0
     content = results(tmp_path / "out")
     assert {s["model"] for s in content["scores"]} == {"mae", "random"} and content["problems"] == []
-    assert {s["metric"] for s in content["scores"]} == {"knn/sample/top1", "dense/sample/miou"}
+    names = {"knn/sample/top1", "linear/sample/top1", "dense/sample/miou"}
+    assert {s["metric"] for s in content["scores"]} == names

@@ -15,8 +15,8 @@ from typing import Any
 
 from xscale_lightning import checkpoints
 from xscale_lightning.callbacks.summary import write_json
-from xscale_lightning.commands.bench_cells import PRETRAINING, Cell, plan
-from xscale_lightning.commands.bench_file import Bench, read_bench
+from xscale_lightning.commands.bench_cells import Cell, plan
+from xscale_lightning.commands.bench_file import PRETRAINING, Bench, read_bench
 from xscale_lightning.commands.bench_report import report
 from xscale_lightning.commands.bench_results import Record, collect, given
 from xscale_lightning.commands.train import check_writable, prepare
@@ -96,10 +96,13 @@ def run(bench: Bench, cells: Sequence[Cell], chosen: Sequence[Cell], folder: Pat
     finally:
         problems = report(bench, records(cells, folder), folder, show=True)
     mine = {cell.name for cell in chosen}
-    failed = [text for name, text in problems if name in mine or not name]
-    for text in failed:
-        print(f"xscale: error: {text}", file=sys.stderr)
-    return int(bool(failed))
+    for name, text in problems:
+        if name in mine:
+            print(f"xscale: error: {text}", file=sys.stderr)
+    unfinished = [cell.name for cell in chosen if not is_finished(cell, folder)]
+    if unfinished:
+        print(f"xscale: error: {len(unfinished)} of {len(chosen)} cells are not finished", file=sys.stderr)
+    return int(bool(unfinished) or any(name in mine for name, _ in problems))
 
 
 def run_cell(cell: Cell, folder: Path, launch: Launch) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from xscale_lightning import checkpoints
-from xscale_lightning.commands.bench_file import Bench, Evaluation, Model
+from xscale_lightning.commands.bench_file import PRETRAINING, Bench, Evaluation, Model
 from xscale_lightning.commands.stage_options import take_apart
 from xscale_lightning.commands.stages import StagedRun, quiet, told_of
 from xscale_lightning.commands.train import CLI, build
@@ -26,7 +26,6 @@ from xscale_lightning.pretrained import locate
 
 Plain = dict[str, Any]
 Option = Literal["--ckpt_path", "--model.init_from"]
-PRETRAINING = "pretraining"
 OURS = ("output", "ckpt_path", "stages", "seed_everything")  # keys that the bench sets itself
 INDIFFERENT = ("num_workers", "enable_progress_bar")  # keys whose value is no reason to compute again
 

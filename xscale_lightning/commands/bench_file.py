@@ -15,6 +15,7 @@ from xscale_lightning.errors import UserError
 
 # First part of the names of metrics. Another one may be a plug-in's, unless it looks like one of these misspelt.
 FAMILIES = ("knn", "linear", "dense", "geometry", "reconstruction", "alignment", "test", "val")
+PRETRAINING = "pretraining"  # name of the cell in which a model is trained
 KEYS = {
     "": ("seeds", "models", "evaluations"),
     "models": ("fit", "init_from", "steps", "options"),
@@ -87,6 +88,8 @@ def read_bench(path: str) -> Bench:
     }
     if both := set(models) & set(evaluations):
         raise UserError(f"{label}: {min(both)!r} is a model and an evaluation; give each a name of its own.")
+    if PRETRAINING in evaluations:
+        raise UserError(f"{label}: an evaluation cannot be called {PRETRAINING!r}; give it another name.")
     return Bench(Path(path).stem, tuple(seeds), models, evaluations)
 
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xscale_lightning.callbacks.verdict import format_value
-from xscale_lightning.commands.bench_cells import PRETRAINING
-from xscale_lightning.commands.bench_file import Bench
+from xscale_lightning.commands.bench_file import PRETRAINING, Bench
 from xscale_lightning.commands.bench_plot import draw
 from xscale_lightning.commands.bench_results import GIVEN, Record, Score, missing, summarise
 from xscale_lightning.commands.outputs import strict_json, write_together

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from xscale_lightning.commands.bench_cells import PRETRAINING, Cell
-from xscale_lightning.commands.bench_file import Bench
+from xscale_lightning.commands.bench_cells import Cell
+from xscale_lightning.commands.bench_file import PRETRAINING, Bench
 
 # Quantiles of Student's t at 97.5 %, by degrees of freedom; a series gives those that follow (error below 0.001).
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
