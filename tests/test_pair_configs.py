@@ -77,6 +77,7 @@ def treesat(root: Path) -> None:
 # Files, sub-folders of MR and HR, and what a batch must hold: bands of MR and HR, side of MR, ratio.
 EXPECTED = {
     "idtrees_pairs": (idtrees, "", "", (369, 3, 20, 10)),
+    "idtrees_rgb_pairs": (idtrees, "", "", (3, 3, 16, 10)),
     "landsat_pan": (landsat, "", "", (7, 1, 64, 2)),
     "landsat_pan_torchgeo": (landsat, "", "", (7, 1, 64, 2)),
     "sen2venus": (sen2venus, "", "", (4, 4, 128, 2)),
