@@ -13,7 +13,7 @@ from PIL import Image
 
 from xscale_lightning import cli
 from xscale_lightning.commands import bench
-from xscale_lightning.commands.bench_cells import plan
+from xscale_lightning.commands.bench_cells import Cell, plan
 from xscale_lightning.commands.bench_file import read_bench
 from xscale_lightning.commands.bench_plot import draw
 from xscale_lightning.commands.bench_results import Score, mark_best, matches, spent, t_quantile
@@ -87,7 +87,7 @@ class Pretend:
         self.seen.append(arguments)
         place = Path(arguments[arguments.index("--output") + 1])
         name = place.parts[-3] + "_" + place.name.rsplit("-", 1)[0]
-        run = place / "mae" / f"run_{len(self.seen)}"
+        run = place / "mae" / f"run_{len(list(place.glob('mae/*')))}"
         (run / "checkpoints").mkdir(parents=True)
         torch.save({"state_dict": {}, "xscale": {}}, run / "checkpoints" / "last.ckpt")
         if code := self.answers.get(name, 0):
@@ -100,6 +100,21 @@ class Pretend:
         device = {"device": {"name": "abacus", "processes": 2}, "finished_at": "2026"}
         (run / "results.json").write_text(json.dumps({**content, **device}))
         return 0, ""
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Cells without the seconds that it takes to check them; the file's text is their key."""
+
+    def plan(read, options):
+        cells = []
+        for name in read.models:
+            key = f"{abs(hash((name, str(read.models[name])))):08x}"
+            cells.append(Cell(name, "pretraining", 0, key, ("fit",)))
+            cells += [Cell(name, other, 0, key, ("test",), cells[-1]) for other in read.evaluations]
+        return cells
+
+    monkeypatch.setattr(bench, "plan", plan)
 
 
 def results(folder: Path) -> dict:
@@ -162,7 +177,7 @@ def test_a_changed_configuration_is_computed_anew(tmp_path, capsys):
     assert len(list((tmp_path / "out/runs/mae/seed_0").iterdir())) == 4  # the old ones are still there
 
 
-def test_a_cell_that_fails_leaves_the_others_alone(tmp_path, capsys):
+def test_a_cell_that_fails_leaves_the_others_alone(unchecked, tmp_path, capsys):
     launch = Pretend(mae_pretraining=1)
     assert bench.main(["bench", write(tmp_path), "--output", "out"], launch=launch) == 1
     assert "mae, seed 0, pretraining failed: it burnt" in capsys.readouterr().err
@@ -174,7 +189,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(tmp_path, capsys):
     assert len(again.seen) == 2 and not any("--ckpt_path" in words for words in again.seen[:1])
 
 
-def test_an_interrupted_bench_goes_on(tmp_path):
+def test_an_interrupted_bench_goes_on(unchecked, tmp_path):
     path = write(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         bench.main(["bench", path, "--output", "out"], launch=Pretend(random_pretraining=-1))
@@ -187,11 +202,11 @@ def test_an_interrupted_bench_goes_on(tmp_path):
     assert bench.main(["bench", path, "--output", "out"], launch=launch) == 0
     first, second = launch.seen
     place = Path(first[first.index("--output") + 1])
-    assert Path(first[first.index("--ckpt_path") + 1]) == place / "mae/run_3/checkpoints/last.ckpt"
+    assert Path(first[first.index("--ckpt_path") + 1]) == place / "mae/run_0/checkpoints/last.ckpt"
     assert second[0] == "test" and str(place) in second[second.index("--ckpt_path") + 1]
 
 
-def test_an_exit_code_of_ctrl_c_stops_the_bench(tmp_path):
+def test_an_exit_code_of_ctrl_c_stops_the_bench(unchecked, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench.main(["bench", write(tmp_path), "--output", "out"], launch=Pretend(mae_pretraining=130))
     assert [cell["status"] for cell in results(tmp_path / "out")["cells"]] == ["interrupted", *["not run"] * 3]
@@ -205,7 +220,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert bench.newest(tmp_path) == tmp_path / "a/checkpoints/last.ckpt"
 
 
-def test_only_runs_what_is_named(tmp_path, capsys):
+def test_only_runs_what_is_named(unchecked, tmp_path, capsys):
     path = write(tmp_path)
     launch = Pretend()
     assert bench.main(["bench", path, "--output", "out", "--only", "random"], launch=launch) == 0
@@ -214,7 +229,7 @@ def test_only_runs_what_is_named(tmp_path, capsys):
     assert "known are mae, random, frozen" in capsys.readouterr().err
 
 
-def test_a_metric_that_nothing_has_is_told(tmp_path, capsys):
+def test_a_metric_that_nothing_has_is_told(unchecked, tmp_path, capsys):
     evaluations = {"frozen": {"test": [], "metrics": ["knn/*/top1", "knn/*/top5"]}}
     assert bench.main(["bench", write(tmp_path, evaluations=evaluations), "--output", "out"], launch=Pretend()) == 1
     assert "nothing is called knn/*/top5; there are knn/synthetic/top1" in capsys.readouterr().err

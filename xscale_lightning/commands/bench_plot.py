@@ -21,8 +21,8 @@ def draw(scores: Sequence[Score], models: Sequence[str]) -> bytes:
         models: names, from top to bottom.
     """
     panels = list(dict.fromkeys((score.evaluation, score.metric) for score in scores))
-    columns = min(COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / COLUMNS)
+    columns = math.ceil(len(panels) / rows)  # as even as it gets
     # The object interface: pyplot would keep figures and choose a backend for the whole process.
     figure = Figure(figsize=(1.6 + 3.4 * columns, rows * (1.3 + 0.32 * len(models))), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -37,6 +37,8 @@ def draw(scores: Sequence[Score], models: Sequence[str]) -> bytes:
             axes.tick_params(labelleft=False)
     for i in range(len(panels), rows * columns):
         grid[i // columns][i % columns].set_axis_off()
+    note = "dot: mean, filled where the best is beyond doubt; line: 95 % interval; ticks: seeds"
+    figure.supxlabel(note, fontsize=7, color="0.35")
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

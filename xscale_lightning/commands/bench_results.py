@@ -153,8 +153,11 @@ def t_quantile(freedom: int) -> float:
     """97.5 % quantile of Student's t (Fisher and Cornish's series for more than nine degrees of freedom)."""
     if freedom <= len(T_975):
         return T_975[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    z, terms = 1.959964, 0.0
+    terms += (z**3 + z) / (4 * freedom)
+    terms += (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    terms += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return z + terms
 
 
 def mark_best(scores: list[Score]) -> list[Score]:
