@@ -12,7 +12,7 @@ from torchmetrics.classification import (
 )
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.tasks.scores import ClassScores, LabelScores, PixelScores, bootstrap, confusion
+from xscale_lightning.tasks.scores import ClassScores, LabelScores, PixelScores, confusion
 from xscale_lightning.tasks.weights import class_weights, count_classes, missing_classes
 
 NAMES = ["a", "b", "c"]
@@ -84,7 +84,7 @@ def test_pixels_by_hand():
     scores.update(logits, torch.tensor([[[0, 1], [0, -1]]]))
     found = scores.summary(NAMES).values
     assert (found["iou/a"], found["iou/b"]) == (0.5, 0.5) and math.isnan(found["iou/c"])
-    assert found["miou"] == 0.5 and found["pixel_accuracy"] == pytest.approx(2 / 3)
+    assert found["miou"] == 0.5 and found["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_change_is_pooled_over_all_pixels():
@@ -103,14 +103,6 @@ def test_nothing_but_ignored_pixels_is_refused():
     scores.update(torch.zeros(1, 2, 2, 2), torch.full((1, 2, 2), -1))
     with pytest.raises(UserError, match="every pixel of this split is ignored"):
         scores.summary(NAMES)
-
-
-def test_the_bootstrap_covers_the_normal_interval(draws):
-    values = (torch.rand(400, generator=draws) < 0.8).double()
-    low, high = bootstrap(lambda chosen: {"mean": float(values[chosen].mean())}, 400, 1000)["mean"]
-    half = 1.96 * math.sqrt(float(values.mean()) * (1 - float(values.mean())) / 400)
-    assert (low, high) == pytest.approx((float(values.mean()) - half, float(values.mean()) + half), abs=0.01)
-    assert bootstrap(lambda chosen: {}, 1, 10) == {}
 
 
 def test_intervals_hold_the_value_and_are_the_same_every_time(draws):

@@ -1,23 +1,22 @@
 """Scores over a whole split, with base lines and bootstrap intervals; never a mean of batches.
 
-The arithmetic is torchmetrics'; what is kept from batch to batch is what a bootstrap over images needs: the score of
-every class for every image, or a confusion matrix per image.
+The arithmetic is that of `evaluation.scores`; what is kept from batch to batch is what a bootstrap over images needs:
+the score of every class for every image, or a confusion matrix per image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from xscale_lightning.errors import UserError
-
-ROUNDS = 1000  # of the bootstrap; mAP sorts all scores every time and gets fewer
-ROUNDS_RANKED = 200
+from xscale_lightning.evaluation.bootstrap import DRAWS, Statistic, estimates
+from xscale_lightning.evaluation.scores import class_scores, label_scores, pixel_scores
 
 
 @dataclass
@@ -32,6 +31,13 @@ class Summary:
     """Standard errors, where they are known."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95 % intervals."""
+
+    @classmethod
+    def of(cls, *statistics: Statistic, intervals: bool, baselines: dict[str, dict[str, float]]) -> "Summary":
+        """What these statistics say of all images, with intervals where wanted."""
+        found = {k: v for one in statistics for k, v in estimates(one, DRAWS if intervals else 0).items()}
+        spread = {name: estimate.interval for name, estimate in found.items() if estimate.interval is not None}
+        return cls({name: estimate.value for name, estimate in found.items()}, baselines, intervals=spread)
 
 
 class Scores(Metric):
@@ -70,19 +76,13 @@ class ClassScores(Scores):
         """`top1`, `macro_f1`."""
         with self.sync_context():
             guessed, meant = dim_zero_cat(self.guessed).cpu(), dim_zero_cat(self.meant).cpu()
-        pairs = meant * self.num_classes + guessed
-
-        def measure(chosen: Tensor) -> dict[str, float]:
-            matrix = torch.bincount(pairs[chosen], minlength=self.num_classes**2).view(self.num_classes, -1)
-            return {"top1": share(matrix.diagonal().sum(), matrix.sum()), "macro_f1": nan_mean(f1_of(matrix))}
-
-        values = measure(torch.arange(len(pairs)))
         counts = torch.bincount(meant, minlength=self.num_classes)
-        error = math.sqrt(values["top1"] * (1 - values["top1"]) / max(len(pairs), 1))
-        spread = bootstrap(measure, len(pairs), ROUNDS) if intervals else {}
-        return Summary(
-            values, {"top1": {"most frequent class": share(counts.max(), counts.sum())}}, {"top1": error}, spread
-        )
+        baselines = {"top1": {"most frequent class": share(counts.max(), counts.sum())}}
+        statistic = class_scores(guessed, meant, self.num_classes)
+        summary = Summary.of(statistic, intervals=intervals, baselines=baselines)
+        top1 = summary.values["top1"]
+        summary.errors["top1"] = math.sqrt(top1 * (1 - top1) / max(len(meant), 1))
+        return summary
 
 
 class LabelScores(Scores):
@@ -113,27 +113,17 @@ class LabelScores(Scores):
             guessed, meant = dim_zero_cat(self.guessed).cpu(), dim_zero_cat(self.meant).cpu()
             batches = dim_zero_cat(self.of_batches).cpu() if self.of_batches else torch.tensor([math.nan])
 
-        def measure(chosen: Tensor) -> dict[str, float]:
-            scores, truth = guessed[chosen], meant[chosen]
-            single = multilabel_average_precision(scores, truth, self.num_classes, average="none")
-            single = torch.where(truth.any(0), single, math.nan)  # a label that nothing has tells nothing
-            return {
-                "map_micro": float(multilabel_average_precision(scores, truth, self.num_classes, average="micro")),
-                "map_macro": nan_mean(single),
-                "f1_micro": float(multilabel_f1_score(scores, truth, self.num_classes, average="micro")),
-                "f1_macro": float(multilabel_f1_score(scores, truth, self.num_classes, average="macro")),
-            }
-
-        values = measure(torch.arange(len(meant)))
         frequency = meant.float().mean(0)
         chance = {"map_micro": float(frequency.mean()), "map_macro": nan_mean(frequency.where(frequency > 0, math.nan))}
-        values["map_batch_micro"] = float(batches.mean())
-        spread = bootstrap(measure, len(meant), ROUNDS_RANKED) if intervals else {}
-        return Summary(values, {name: {"chance": value} for name, value in chance.items()}, intervals=spread)
+        baselines = {name: {"chance": value} for name, value in chance.items()}
+        ranked, decided = label_scores(guessed, meant), decisions(guessed > 0.5, meant)
+        summary = Summary.of(ranked, decided, intervals=intervals, baselines=baselines)
+        summary.values["map_batch_micro"] = float(batches.mean())
+        return summary
 
 
 class PixelScores(Scores):
-    """A class for every pixel: `miou` over the classes that occur, `pixel_accuracy`, and `iou/<class>`.
+    """A class for every pixel: `miou` over the classes that occur, `accuracy`, and `iou/<class>`.
 
     Args:
         num_classes: number of classes; targets below 0 are ignored.
@@ -155,33 +145,8 @@ class PixelScores(Scores):
             matrices = dim_zero_cat(self.matrices).cpu()  # [N, K, K]
         if not matrices.sum():
             raise UserError("every pixel of this split is ignored: check the data's masks and ignore_index.")
-        measure = self._of_class if self.positive is not None else self._of_all
-        values = measure(matrices.sum(0), names)
-        spread = (
-            bootstrap(lambda chosen: measure(matrices[chosen].sum(0), names), len(matrices), ROUNDS)
-            if intervals
-            else {}
-        )
-        return Summary(values, self._baselines(matrices.sum((0, 2))), intervals=spread)
-
-    def _of_all(self, matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
-        iou = iou_of(matrix)
-        single = {f"iou/{name}": float(value) for name, value in zip(names, iou, strict=False)}
-        accuracy = share(matrix.diagonal().sum(), matrix.sum())
-        return {"miou": nan_mean(iou), "pixel_accuracy": accuracy, **single}
-
-    def _of_class(self, matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
-        hits, said, there = (
-            matrix[self.positive, self.positive],
-            matrix[:, self.positive].sum(),
-            matrix[self.positive].sum(),
-        )
-        return {
-            "f1": share(2 * hits, said + there),
-            "precision": share(hits, said),
-            "recall": share(hits, there),
-            "iou": share(hits, said + there - hits),
-        }
+        statistic = pixel_scores(matrices, names) if self.positive is None else one_class(matrices, self.positive)
+        return Summary.of(statistic, intervals=intervals, baselines=self._baselines(matrices.sum((0, 2))))
 
     def _baselines(self, counts: Tensor) -> dict[str, dict[str, float]]:
         """What one class everywhere reaches: the most frequent one, or the positive one."""
@@ -199,15 +164,34 @@ def confusion(guessed: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(places[target >= 0], minlength=size * len(target)).view(-1, num_classes, num_classes)
 
 
-def iou_of(matrix: Tensor) -> Tensor:
-    """Intersection over union of every class `[K]`; NaN where it is neither there nor guessed."""
-    hits = matrix.diagonal().double()
-    return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+def decisions(guessed: Tensor, meant: Tensor) -> Statistic:
+    """`f1_micro` and `f1_macro` of yes-or-no answers `[N, K]`; a label that nothing has or is given counts as 0."""
+    said, there = guessed.double(), meant.double()
+    both = said * there
+
+    def measure(times: Tensor) -> dict[str, Tensor]:
+        hits, sums = times @ both, times @ (said + there)  # [R, K]
+        micro = 2 * hits.sum(1) / sums.sum(1)
+        return {"f1_micro": micro, "f1_macro": (2 * hits / sums.clamp(min=1)).mean(1)}
+
+    return Statistic(measure, len(meant))
 
 
-def f1_of(matrix: Tensor) -> Tensor:
-    """F1 of every class `[K]`; NaN where it is neither there nor guessed."""
-    return 2 * matrix.diagonal().double() / (matrix.sum(0) + matrix.sum(1))
+def one_class(matrices: Tensor, positive: int) -> Statistic:
+    """`f1`, `precision`, `recall` and `iou` of one class, pooled over all pixels; 0 where it is nowhere."""
+    counts = [matrices[:, positive, positive], matrices[:, :, positive].sum(1), matrices[:, positive].sum(1)]
+    counts = torch.stack(counts, dim=1).double()  # [N, 3]: hits, said, there
+
+    def measure(times: Tensor) -> dict[str, Tensor]:
+        hits, said, there = (times @ counts).unbind(1)
+        return {
+            "f1": 2 * hits / (said + there).clamp(min=1),
+            "precision": hits / said.clamp(min=1),
+            "recall": hits / there.clamp(min=1),
+            "iou": hits / (said + there - hits).clamp(min=1),
+        }
+
+    return Statistic(measure, len(matrices))
 
 
 def share(part: Tensor, whole: Tensor) -> float:
@@ -218,25 +202,3 @@ def share(part: Tensor, whole: Tensor) -> float:
 def nan_mean(values: Tensor) -> float:
     """Mean of what is a number; NaN if nothing is."""
     return float(values.nanmean())
-
-
-def bootstrap(
-    measure: Callable[[Tensor], dict[str, float]], count: int, rounds: int, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of scores over `count` images, drawn with replacement.
-
-    Source: Efron and Tibshirani 1993, chapter 13.
-
-    Args:
-        measure: scores of the images at these indices `[count]`.
-        count: number of images; one alone has no interval.
-        rounds: number of draws.
-        seed: of the draws.
-    """
-    if count < 2:
-        return {}
-    draws = torch.Generator().manual_seed(seed)
-    found = [measure(torch.randint(count, (count,), generator=draws)) for _ in range(rounds)]
-    columns = {name: torch.tensor([scores[name] for scores in found], dtype=torch.float64) for name in found[0]}
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: tuple(values.nanquantile(ends).tolist()) for name, values in columns.items()}  # type: ignore[misc]

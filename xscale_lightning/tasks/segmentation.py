@@ -59,7 +59,7 @@ class Segmentation(FineTune):
         return DenseHead(name, self.backbone, self.groups(), num_classes, width, dropout)
 
     def build_scores(self, num_classes: int) -> Scores:
-        """`miou`, `pixel_accuracy`, `iou/<class>`."""
+        """`miou`, `accuracy`, `iou/<class>`."""
         return PixelScores(num_classes)
 
     def classes_of(self, data: Any) -> int | None:
