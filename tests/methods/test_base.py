@@ -307,7 +307,7 @@ def test_the_size_of_validation_images_is_checked_beside_that_of_the_views(metho
     for side in (32, 40, (0, 0)):  # the last: not known before the data is downloaded
         module.check_data(SimpleNamespace(image_size=side), fitting=True)
         assert module.num_tokens == 16 + (not cubes)  # of the views
-    with pytest.raises(UserError, match="none of the 1 tokens"):
+    with pytest.raises(UserError, match="has none to hide"):
         module.check_data(SimpleNamespace(image_size=8), fitting=True)
 
 

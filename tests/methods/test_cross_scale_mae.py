@@ -190,7 +190,7 @@ def test_impossible_arguments_are_refused(options, backbone, message):
         ({"scale_view": ScaleView(scale=(0.01, 0.5), ratio=(1, 1))}, "a crop of 6.4 pixels, smaller than a patch of 8"),
         ({"scale_view": ScaleView(scale=(0.05, 0.5), ratio=(0.25, 4))}, "a crop of 7.16 pixels, smaller"),
         ({"scale_view": ScaleView(sizes=[36])}, "does not divide"),
-        ({"scale_view": ScaleView(sizes=[8]), "mask_ratio": 0.75}, "leaves none"),
+        ({"scale_view": ScaleView(sizes=[8]), "mask_ratio": 0.75}, "has none to hide"),
         ({"scale_view": ScaleView(sizes=[32]), "recipe": Recipe(align="index")}, "align"),
         ({"scale_view": ScaleView(sizes=[32]), "recipe": Recipe(shared_mask=True)}, "shared_mask"),
     ],

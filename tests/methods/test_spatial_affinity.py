@@ -343,7 +343,8 @@ def test_a_checkpoint_holds_everything_once_and_gives_everything_back(tmp_path):
     again = checkpoints.load_method(path)
     assert torch.equal(again.features(pair()), module.features(pair()))
     encoder, _ = load_backbone(path)
-    assert all(torch.equal(value, module.backbone.state_dict()[key]) for key, value in encoder.state_dict().items())
+    target = module.host.target.module.state_dict()  # the encoder that I-JEPA's features come from
+    assert all(torch.equal(value, target[key]) for key, value in encoder.state_dict().items())
     groups = parameter_groups(module, undecayed=module.undecayed)
     counted = [id(p) for group in groups for p in group["params"]]
     assert len(counted) == len(set(counted)) == sum(p.requires_grad for p in module.parameters())
