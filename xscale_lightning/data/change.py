@@ -131,7 +131,7 @@ class ChangeData(XScaleDataModule):
         if min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UserError(f"data.fractions: {list(fractions)} is not possible; needs three shares that make up 1.")
         self.image_size = (image_size, image_size)
-        self.num_mask_classes, self.class_names, self.ignore_index = 2, ["unchanged", "changed"], -1
+        self.num_mask_classes, self.class_names, self.ignore_index = 2, ("unchanged", "changed"), -1
         self.name = name or self.name
         self.gsd = gsd or self.bands.gsd
         self._given_gsd, self._stride, self._split = gsd, stride or image_size, split

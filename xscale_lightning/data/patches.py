@@ -216,7 +216,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
 
     def present(self, valid: np.ndarray) -> np.ndarray:
         """Which pixels `[h, w]` count as having data, from the validity `[C, h, w]` of their bands."""
-        return valid.all(axis=0)
+        return np.asarray(valid.all(axis=0))
 
     def report(self, error: UnreadableFile, scene: int) -> None:
         """Count a patch that could not be read, and name its file once."""
