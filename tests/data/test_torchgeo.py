@@ -292,7 +292,16 @@ def parser():
     return parser
 
 
-SHIPPED = ["eurosat", "eurosat_rgb", "eurosat_jpg", "ucmerced", "resisc45", "bigearthnet", "ssl4eo_s12"]
+SHIPPED = [
+    "eurosat",
+    "eurosat_rgb",
+    "eurosat_jpg",
+    "ucmerced",
+    "ucmerced_multilabel",
+    "resisc45",
+    "bigearthnet",
+    "ssl4eo_s12",
+]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -32,7 +32,7 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     """
     data, description = open_data(args)
     if not same_bands(model.bands, data.bands):
-        difference = model.bands.difference(data.bands)
+        difference = model.bands.difference(data.bands) or "wavelengths or unit"
         raise UserError(
             f"--data: its bands are not those of {args.checkpoint}: {difference}.\nChoose the same by name: "
             f"--data.bands.sensor {model.bands.sensor} --data.bands.names '[{', '.join(model.bands.names)}]'."
