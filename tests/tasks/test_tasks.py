@@ -220,3 +220,20 @@ def test_test_and_predict_take_the_checkpoint(fit, tmp_path):
         "score": [32, 2],
     }
     assert next((tmp_path / "test").rglob("results.json")).exists()
+
+
+def test_a_fine_tuned_checkpoint_is_tested_when_its_start_is_gone(fit, pretrained, tmp_path, capsys):
+    _, path = pretrained
+    folder, results = fit("Classification", "class", *LONG, "--model.drop_path=0.1", f"--model.init_from={path}")
+    path.unlink()
+    config, saved = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    words = ["--config", str(config), "--ckpt_path", str(saved), "--output", str(tmp_path / "again"), "--debug"]
+    assert cli.main(["test", *words]) == 0
+    again = json.loads(next((tmp_path / "again").rglob("results.json")).read_text())
+    assert again["metrics"]["test/top1"]["last"] == results["metrics"]["test/top1"]["last"]
+    assert str(path) in next((tmp_path / "again").rglob("config.yaml")).read_text()
+    assert cli.main(["fit", *words, "--trainer.max_epochs=2", "--model.test=false"]) == 0
+    last = max((tmp_path / "again").rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
+    assert checkpoints.read_metadata(last)[1]["init_from"] == str(path)
+    assert cli.main(["test", "--config", str(config), "--output", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err

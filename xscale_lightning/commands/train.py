@@ -117,6 +117,26 @@ class CLI(LightningCLI):
         """Refuse an output folder that cannot be written, before data is opened."""
         check_writable(Path(self._get(self.config, "output")))
 
+    def instantiate_classes(self) -> None:
+        """As the base; a task whose weights come from `ckpt_path` is built like that checkpoint's encoder.
+
+        The weights its run started from are then not needed, and may be gone; the configuration keeps their name.
+        """
+        arguments, path = self._get(self.config, "model").get("init_args"), self._get(self.config, "ckpt_path")
+        given = arguments.get("init_from") if arguments else None
+        if given is None or path is None or not Path(path).is_file() or not self._fine_tuned(path):
+            return super().instantiate_classes()
+        arguments.init_from = str(path)
+        try:
+            super().instantiate_classes()
+        finally:
+            arguments.init_from = given
+        self.model.init_from = given
+
+    def _fine_tuned(self, path: str) -> bool:
+        saved = checkpoints.read_metadata(path)[1]  # tasks note there where their encoder came from
+        return "init_from" in saved and saved["class_path"] == self._get(self.config, "model").class_path
+
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Build the Trainer, with a TensorBoard logger in a fresh run folder unless another logger is configured."""
         config = self._get(self.config_init, "trainer")
@@ -228,7 +248,10 @@ def prepare(argv: list[str]) -> list[str]:
     """Make the process ready for the command line `argv` (verb first) and return it with announced names resolved."""
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
-    for text in ("LeafSpec", "smaller than the logging interval", "overridden `on_before_batch_transfer`"):
+    silenced = ["LeafSpec", "smaller than the logging interval", "overridden `on_before_batch_transfer`"]
+    if argv[:1] != ["fit"]:
+        silenced.append("The dirpath has changed")  # checkpoints are only read
+    for text in silenced:
         warnings.filterwarnings("ignore", message=f".*{text}.*")
     import_methods()
     return resolve_method_names(argv)
