@@ -59,7 +59,7 @@ def test_a_batch(root):
     assert torch.equal(batch["image2"][:, 1], batch["image"][:, 1] + 1)
     assert batch["mask"].dtype == torch.int64 and batch["mask"].unique().tolist() == [0, 1]
     assert batch["gsd"].tolist() == [30.0] * 4
-    assert (data.num_mask_classes, data.class_names, data.ignore_index) == (2, ["unchanged", "changed"], -1)
+    assert (data.num_mask_classes, data.class_names, data.ignore_index) == (2, ("unchanged", "changed"), -1)
 
 
 def test_blocks_of_different_splits_share_no_pixel(root):
