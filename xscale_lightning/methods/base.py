@@ -290,8 +290,9 @@ class SSLModule(ScheduledModule):
         if self._flops is None:
             self._flops = ({k: v[:2].detach() for k, v in prepared.items() if isinstance(v, Tensor)}, 0)
         self.log("train/loss", output.loss.detach(), prog_bar=True)
+        self.newest_terms = {name: term.detach() for name, term in output.logs.items()}
         if output.logs:
-            self.log_dict({f"train/{name}": term.detach() for name, term in output.logs.items()})
+            self.log_dict({f"train/{name}": term for name, term in self.newest_terms.items()})
         self.log_dict({f"schedule/{name}": value for name, value in self._scheduled().items()})
         return output.loss
 

@@ -89,7 +89,7 @@ class ScheduledModule(LightningModule):
         groups = parameter_groups(self, *layers, undecayed=self.undecayed)
         optimizer = build_optimizer(groups, config)
         optimizer.register_step_pre_hook(lambda opt, *_: apply_plan(opt, self._run_plan, self._optimizer_step))
-        optimizer.register_step_post_hook(lambda opt, *_: self._move_targets(getattr(opt, "found_inf", None)))
+        optimizer.register_step_post_hook(lambda opt, *_: self._after_update(opt))
         return optimizer
 
     @property
@@ -106,6 +106,11 @@ class ScheduledModule(LightningModule):
         values = {"lr": self._run_plan.lr(step), "weight_decay": self._run_plan.weight_decay(step)}
         stage = {"stage": float(self.stage["number"])} if self.stage else {}
         return {**values, **stage, **{name: self.value(name) for name in self._schedules}}
+
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the targets, unless the guard has skipped the update (`FiniteGuard`; on CUDA by `found_inf`)."""
+        if not getattr(optimizer, "update_skipped", False):
+            self._move_targets(getattr(optimizer, "found_inf", None))
 
     def _move_targets(self, skipped: Tensor | None) -> None:
         for student, target in self._targets:
