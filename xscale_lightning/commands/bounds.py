@@ -1,0 +1,110 @@
+"""A configuration is made in bounded time and memory: a network that no machine can hold is refused at once."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn.modules import module as hooks
+
+from xscale_lightning.errors import UserError, find_user_error
+
+MAX_MODULES = 100_000  # layers of one model; the largest published encoders have some thousands
+COPIES = 4  # of the parameters in training: themselves, gradients, two moments of AdamW
+LARGE = 10**5  # a number from here on is told as unusual
+MAX_WORKERS = 1024
+_SHOWN = 3
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give; without a number from the system, no bound."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/meminfo") as file:
+            found = {line.split(":")[0]: int(line.split()[1]) for line in file if ":" in line}
+        return found["MemAvailable"] * 1024
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**62
+
+
+def unusual(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Numbers of a configuration that are very large, negative or not finite, by dotted name."""
+    if isinstance(config, Mapping) or hasattr(config, "as_dict"):
+        content = config if isinstance(config, Mapping) else config.as_dict()
+        return [pair for key, value in content.items() for pair in unusual(value, f"{prefix}.{key}" if prefix else key)]
+    if isinstance(config, (list, tuple)):
+        return [pair for value in config for pair in unusual(value, prefix)]
+    number = isinstance(config, (int, float)) and not isinstance(config, bool)
+    odd = number and (not math.isfinite(config) or config < 0 or config >= LARGE or 0 < abs(config) < 1e-30)
+    return [(prefix.replace(".init_args", ""), config)] if odd else []
+
+
+def told(config: Any) -> str:
+    """The unusual numbers of a configuration for people: `model.backbone.depth 1000000000`; "" if there is none."""
+    parts = {key: config.get(key) for key in ("model", "data") if config.get(key) is not None}
+    return ", ".join(f"{name} {value:g}" for name, value in unusual(parts)[:_SHOWN])
+
+
+@contextlib.contextmanager
+def bounded(config: Any) -> Iterator[None]:
+    """Make the parts of a configuration: stop at too many layers or parameters, and name what was unusual.
+
+    Raises:
+        UserError: it takes more memory than there is, or something broke where a number is unusual.
+    """
+    copies = 1 if torch.cuda.is_available() else COPIES
+    limit, counted = available_memory(), {"modules": 0, "bytes": 0}
+
+    def too_large(what: str) -> UserError:
+        names = told(config) or "model.backbone and the decoder's arguments"
+        return UserError(f"the model is too large for this machine ({what}): lower {names}.")
+
+    def on_module(module: Any, name: str, child: Any) -> None:
+        counted["modules"] += 1
+        if counted["modules"] > MAX_MODULES:
+            raise too_large(f"more than {MAX_MODULES} layers")
+
+    def on_parameter(module: Any, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            counted["bytes"] += parameter.numel() * parameter.element_size()
+            if counted["bytes"] * copies > limit:
+                raise too_large(f"more than {limit / copies / 2**30:.1f} GiB of parameters")
+
+    handles = [
+        hooks.register_module_module_registration_hook(on_module),
+        hooks.register_module_parameter_registration_hook(on_parameter),
+    ]
+    try:
+        yield
+    except (ArithmeticError, ValueError, RuntimeError, MemoryError, TypeError, RecursionError, IndexError) as error:
+        names = told(config)
+        if find_user_error(error) is not None or not names:
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
+        raise UserError(f"the configuration cannot be used: {names} ({type(error).__name__}: {reason}).") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_batch(data: Any) -> None:
+    """Refuse batches that do not fit into memory, and more worker processes than any machine has use for.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    workers = getattr(data, "num_workers", 0)
+    if workers > MAX_WORKERS:
+        raise UserError(f"data.num_workers: {workers} is not possible; give at most {MAX_WORKERS}.")
+    height, width = getattr(data, "image_size", None) or (0, 0)
+    count = data.batch_size
+    with contextlib.suppress(TypeError, KeyError, AttributeError, OverflowError):
+        count = min(count, len(data.dataset("train")))
+    size, limit = count * len(data.bands) * height * width * 4, available_memory()
+    if size > limit:
+        raise UserError(
+            f"data.batch_size: {count} images of data.image_size {height} x {width} with {len(data.bands)} bands take "
+            f"{size / 2**30:.3g} GiB, and there are {limit / 2**30:.3g} GiB: lower one of them."
+        )
