@@ -41,6 +41,14 @@ class Rise:
     length: float
     """Share of the run that the rise takes; 0: it is a jump."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that are no numbers, and a rise that goes back in time."""
+        for name in ("value", "start", "length"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"a rise's {name} must be finite, got {getattr(self, name)}.")
+        if self.length < 0:
+            raise UserError(f"a rise's length must not be negative, got {self.length}.")
+
     def __call__(self, step: int, total: int) -> float:
         """Value at optimizer step `step` of `total`."""
         past = step / max(total, 1) - self.start
@@ -61,7 +69,10 @@ class Schedule:
     """Value at the last step."""
 
     def __post_init__(self) -> None:
-        """Refuse a constant that is none."""
+        """Refuse a constant that is none, and values that are no numbers."""
+        for name in ("start", "end"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"a schedule's {name} must be finite, got {getattr(self, name)}.")
         if self.kind == "constant" and self.start != self.end:
             raise UserError(f"a constant schedule has one value, got start {self.start} and end {self.end}.")
 

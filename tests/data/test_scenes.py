@@ -8,7 +8,8 @@ from rasterio.transform import from_origin
 
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.blocks import fixed_origins, origin_cells, split_blocks
-from xscale_lightning.data.geotiff import Grid, metres_per_degree
+from xscale_lightning.data.geotiff import Grid
+from xscale_lightning.data.ground import metres_per_degree
 from xscale_lightning.data.scene_files import split_band
 from xscale_lightning.data.scenes import SceneFolder
 from xscale_lightning.errors import UserError

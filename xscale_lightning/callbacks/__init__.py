@@ -4,6 +4,7 @@ from xscale_lightning.callbacks.affinity import AffinityPictures
 from xscale_lightning.callbacks.alignment import PairAlignment
 from xscale_lightning.callbacks.dense_probe import OnlineDenseProbe
 from xscale_lightning.callbacks.geometry import FeatureGeometry
+from xscale_lightning.callbacks.guard import FiniteGuard
 from xscale_lightning.callbacks.knn import OnlineKNN
 from xscale_lightning.callbacks.linear_probe import LinearProbe
 from xscale_lightning.callbacks.pictures import ReconstructionPictures
@@ -15,6 +16,7 @@ from xscale_lightning.callbacks.throughput import Throughput
 __all__ = [
     "AffinityPictures",
     "FeatureGeometry",
+    "FiniteGuard",
     "LinearProbe",
     "Measurement",
     "OnlineDenseProbe",

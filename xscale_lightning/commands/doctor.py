@@ -1,4 +1,7 @@
-"""`xscale doctor`: can this machine train? Versions, devices, attention, run folder, two steps on synthetic data."""
+"""`xscale doctor`: can this machine train? Versions, devices, attention, run folder, two steps on synthetic data.
+
+With `--data` or `--config` it looks for damaged files instead, with `--replay` at a step that the finite guard skipped.
+"""
 
 import argparse
 import os
@@ -98,9 +101,26 @@ def two_steps() -> str:
 
 def main(argv: list[str]) -> int:
     """Run every check; the exit code is 1 when one fails."""
-    parser = argparse.ArgumentParser(prog="xscale doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="xscale doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", default="runs", help="folder of run folders to check")
-    args = parser.parse_args(argv[1:])
+    parser.add_argument("--data", metavar="CLASS", help="look at every file of this data instead; --data.x as for fit")
+    parser.add_argument("--config", action="append", default=[], help="configuration whose data section to look at")
+    parser.add_argument("--report", help="one line per file: a name that ends in .json or .csv")
+    parser.add_argument("--workers", type=int, default=4, help="files that are read at once")
+    parser.add_argument("--ignore", help="kinds that do not count, with commas: size,crs,gsd ...")
+    parser.add_argument("--replay", metavar="FILE", help="a batch that the finite guard has saved: its step once more")
+    parser.add_argument("--ckpt_path", help="checkpoint with the weights for --replay")
+    args, rest = parser.parse_known_args(argv[1:])
+    if args.replay:
+        from xscale_lightning.commands.doctor_replay import replay_file
+
+        return replay_file(args.replay, args.ckpt_path)
+    if args.data or args.config:
+        from xscale_lightning.commands.doctor_data import check_data
+
+        return check_data(args, [*(["--data", args.data] if args.data else []), *rest])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     checks: dict[str, Callable[[], str]] = {
         "versions": versions,
         "devices": devices,

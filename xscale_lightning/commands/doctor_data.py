@@ -99,7 +99,7 @@ def check_all(items: Sequence[Item], workers: int, advance: Callable[[], None] =
     """Look at every file, several at once; GDAL and Pillow work outside Python's lock."""
 
     def check(item: Item) -> Finding:
-        found = item.check() if item.check else check_file(item.finding, item.read() if item.read else None)
+        found = item.check() if item.check else check_file(item.finding, item.read)
         advance()
         return found
 

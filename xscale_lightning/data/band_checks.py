@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from xscale_lightning.data.band_names import listed
+from xscale_lightning.data.damage import is_constant
+from xscale_lightning.data.geotiff import UnreadableFile
 from xscale_lightning.data.patches import Scene
 from xscale_lightning.errors import UserError
 
@@ -61,3 +63,22 @@ def single_value(scenes: Sequence[Scene], channel: int) -> tuple[float, ...] | N
                 return None
             found = (low,)
     return found
+
+
+def refuse_blank(scene: Scene, keep_constant: bool) -> None:
+    """Refuse a scene that teaches nothing: without any data, or with one value in all its pixels.
+
+    Of a scene that is not held in memory only what was read of it can tell; its patches are looked at one by one.
+
+    Raises:
+        UnreadableFile: naming its first file.
+    """
+    if scene.held is None:
+        return
+    pixels, valid = scene.held
+    path = scene.sources[0].raster.path
+    if valid is not None and not valid.any():
+        raise UnreadableFile(path, "no pixel has data, and data.max_nodata allows less")
+    if not keep_constant and is_constant(pixels):
+        value = float(pixels.flat[0])
+        raise UnreadableFile(path, f"every pixel has the value {value:g} (data.keep_constant: true takes it)")

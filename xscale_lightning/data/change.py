@@ -18,8 +18,10 @@ from torch.utils.data import Dataset
 from xscale_lightning.data import change_scenes
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.blocks import fixed_origins, split_blocks
-from xscale_lightning.data.change_scenes import ChangeScene, Labels, Opener
+from xscale_lightning.data.change_scenes import ChangeScene, Labels, Opener, undamaged
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
+from xscale_lightning.data.ground import check_gsd
+from xscale_lightning.data.reading import OnError, check_on_error
 from xscale_lightning.errors import UserError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -104,6 +106,8 @@ class ChangeData(XScaleDataModule):
         block_size: int | None = None,
         gsd: float | None = None,
         name: str | None = None,
+        on_error: OnError = "stop",
+        keep_constant: bool = False,
         batch_size: int = 32,
         num_workers: int | None = None,
     ) -> None:
@@ -118,6 +122,8 @@ class ChangeData(XScaleDataModule):
             block_size: side of a block in pixels; null chooses it.
             gsd: metres per pixel; null takes the files', else the sensor preset's.
             name: short name for the log.
+            on_error: what a damaged scene does: the run stops, or the scene is left out and named.
+            keep_constant: take images that have one value in all pixels, too; else they count as damaged.
             batch_size: samples per device and step.
             num_workers: processes that read files; null chooses from the CPU count.
 
@@ -130,6 +136,9 @@ class ChangeData(XScaleDataModule):
                 raise UserError(f"data.{key}: {value} is not possible; give pixels, at least 1.")
         if min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UserError(f"data.fractions: {list(fractions)} is not possible; needs three shares that make up 1.")
+        check_gsd(gsd)
+        check_on_error(on_error)
+        self.on_error, self.keep_constant = on_error, keep_constant
         self.image_size = (image_size, image_size)
         self.num_mask_classes, self.class_names, self.ignore_index = 2, ("unchanged", "changed"), -1
         self.name = name or self.name
@@ -157,13 +166,13 @@ class ChangeData(XScaleDataModule):
         return self._tiles[split]
 
     def _cut(self) -> dict[Split, ChangeTiles | None]:
-        found = self.find()
+        found, self.left_out = undamaged(self.find(), self.on_error == "stop", self.keep_constant)
         chosen = self.scenes_of_splits(list(found))
         if chosen is None:
             owners: dict[str, Split | None] = dict.fromkeys(found)
         else:
-            owners = {name: split for split in SPLITS for name in getattr(chosen, split)}
-            total = sum(len(getattr(chosen, split)) for split in SPLITS)
+            named = [(name, split) for split in SPLITS for name in getattr(chosen, split) if name not in self.left_out]
+            owners, total = dict(named), len(named)
             for name in owners:
                 if name not in found:
                     raise UserError(f"data.split: there is no scene {name!r}; there are {', '.join(found)}.")

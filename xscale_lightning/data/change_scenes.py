@@ -1,5 +1,6 @@
 """Reading one pair of dates whole: from files beside each other, or from TorchGeo's OSCD."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from xscale_lightning.data.band_names import match_names
+from xscale_lightning.data.damage import is_constant
 from xscale_lightning.data.datamodule import check_folder
 from xscale_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,6 +64,43 @@ class ChangeScene:
 
 
 Opener = Callable[[], ChangeScene]
+
+
+def undamaged(found: dict[str, Opener], stop: bool, keep_constant: bool) -> tuple[dict[str, Opener], dict[str, str]]:
+    """The scenes that can be used, and why the others are left out.
+
+    Raises:
+        UserError: one cannot be used, and that is to stop the run; or none can.
+    """
+    good: dict[str, Opener] = {}
+    left_out: dict[str, str] = {}
+    for name, opener in found.items():
+        reason = problem(opener, keep_constant)
+        if reason and stop:
+            raise UserError(f"{reason} With data.on_error: skip it is left out.")
+        if reason:
+            left_out[name] = reason
+            logger.warning("Left out scene %s: %s", name, reason)
+        else:
+            good[name] = opener
+    if not good:
+        raise UserError(f"data.root: no scene can be used; {next(iter(left_out.values()))}")
+    return good, left_out
+
+
+def problem(opener: Opener, keep_constant: bool) -> str:
+    """Why a scene cannot be used, as a sentence; "" where it can."""
+    try:
+        scene = opener()
+        for which, image in (("first", scene.first), ("second", scene.second)):
+            if image.dtype.kind == "f" and not np.isfinite(image).all():
+                share = 1.0 - np.isfinite(image).mean()
+                return f"data: scene {scene.name}: {share:.1%} of the {which} image's pixels are NaN or infinite."
+            if not keep_constant and is_constant(image):
+                return f"data: scene {scene.name}: all pixels of the {which} image have one value."
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def folders(

@@ -4,10 +4,14 @@ import os
 import re
 import zlib
 
+import numpy as np
 import torch
+from torch import Tensor
 
 MAX_NAMED = 20  # files a data module names in the log; more are only counted
 _SLOTS = 1 << 16
+MAX_MISSING = 0.5  # largest share of pixels that are not finite in an image which is delivered all the same
+LEAST_PIXELS = 16  # of fewer, all may well be alike
 
 
 class DamageLog:
@@ -50,3 +54,35 @@ def without_path(text: str, path: str) -> str:
     if name:
         text = re.sub(rf"[^\s'\"(]*{name}", "", text)
     return " ".join(text.split()).strip(" :,")[:200] or "no reason given"
+
+
+def is_constant(pixels: np.ndarray) -> bool:
+    """Whether an image `[C, H, W]` has one value per band, to the digit: a sensor never sees that, a broken file does.
+
+    The last row settles nearly every image, so little is read of a good one.
+    """
+    if pixels.shape[-2] * pixels.shape[-1] < LEAST_PIXELS:
+        return False
+    first = pixels[..., :1, :1]
+    return bool((pixels[..., -1:, :] == first).all()) and bool((pixels == first).all())
+
+
+def usable(image: Tensor, keep_constant: bool = False) -> Tensor:
+    """An image `[C, H, W]` whose pixels that are not finite have the mean of their band.
+
+    Raises:
+        ValueError: more than half of its pixels are not finite, all of a band's, or all have one value.
+    """
+    finite = torch.isfinite(image)
+    if not finite.all():
+        missing = 1.0 - float(finite.float().mean())
+        if missing > MAX_MISSING:
+            raise ValueError(f"{missing:.0%} of its pixels are NaN or infinite")
+        counts = finite.sum((1, 2), keepdim=True)
+        if not counts.all():
+            raise ValueError("a band has no finite pixel")
+        means = torch.where(finite, image, 0).sum((1, 2), keepdim=True) / counts
+        image = torch.where(finite, image, means)
+    if not keep_constant and is_constant(image.numpy()):
+        raise ValueError(f"every pixel has the value {float(image.flatten()[0]):g}, which is taken for damage")
+    return image

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from xscale_lightning.data.damage import without_path
+from xscale_lightning.data.ground import metres_per_pixel
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 MAX_OPEN_FILES = 64
@@ -89,9 +90,13 @@ def inspect(path: str) -> Raster:
     Raises:
         UnreadableFile: if it is empty, not a raster, or not north-up.
     """
-    if os.path.getsize(path) == 0:
+    try:
+        empty = os.path.getsize(path) == 0
+    except OSError as error:  # a link to nothing, a file that went away
+        raise UnreadableFile(path, f"cannot be opened ({error.strerror})") from None
+    if empty:
         raise UnreadableFile(path, "the file is empty (0 bytes)")
-    with _open(path) as source:
+    with open_raster(path) as source:
         transform = source.transform
         if transform.b or transform.d or transform.a <= 0 or transform.e == 0 or (source.crs and transform.e > 0):
             raise UnreadableFile(
@@ -109,12 +114,17 @@ def inspect(path: str) -> Raster:
             width=source.width,
             height=source.height,
             dtype=np.result_type(*source.dtypes).name,
-            metres=_metres_per_pixel(source),
+            metres=metres_per_pixel(source),
             masked=any(np.issubdtype(np.dtype(t), np.floating) for t in source.dtypes) or any(_masked_bands(source)),
         )
 
 
-def _open(path: str) -> Any:
+def open_raster(path: str) -> Any:
+    """Open a raster, with or without georeference.
+
+    Raises:
+        UnreadableFile: if it cannot be opened.
+    """
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -136,33 +146,6 @@ def _masked_bands(source: Any) -> list[bool]:
 def _first_line(error: Exception, path: str) -> str:
     """First line of GDAL's message about the cause; rasterio's own often says only "see previous exception"."""
     return without_path(str(error.__cause__ or error).strip().split("\n")[0], path)[:160]
-
-
-def _metres_per_pixel(source: Any) -> float | None:
-    """Geometric mean of pixel width and height on the ground in metres, at the centre of the file."""
-    if not source.crs:
-        return None
-    dx, dy = source.transform.a, abs(source.transform.e)
-    if source.crs.is_geographic:
-        along, across = metres_per_degree((source.bounds.top + source.bounds.bottom) / 2)
-        return math.sqrt(dx * along * dy * across)
-    metres = source.crs.linear_units_factor[1] * math.sqrt(dx * dy)
-    if source.crs.to_dict().get("proj") in ("merc", "webmerc"):  # Mercator stretches lengths by 1 / cos(latitude)
-        from rasterio.warp import transform_bounds
-
-        _, south, _, north = transform_bounds(source.crs, "EPSG:4326", *source.bounds)
-        metres *= math.cos(math.radians((south + north) / 2))
-    return metres
-
-
-def metres_per_degree(latitude: float) -> tuple[float, float]:
-    """Length in metres of one degree of longitude and of latitude on the WGS 84 ellipsoid at a latitude in degrees.
-
-    Series expansion of the ellipsoid's radii of curvature, exact to about a centimetre.
-    """
-    phi = math.radians(latitude)
-    longitude = 111412.84 * math.cos(phi) - 93.5 * math.cos(3 * phi) + 0.118 * math.cos(5 * phi)
-    return longitude, 111132.92 - 559.82 * math.cos(2 * phi) + 1.175 * math.cos(4 * phi)
 
 
 def common_grid(rasters: Sequence[Raster], gsd: float | None) -> Grid:
@@ -279,7 +262,7 @@ class RasterReader:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
-        file = _open(path)
+        file = open_raster(path)
         if self.nodata is not None and file.nodata is None:
             from rasterio.vrt import WarpedVRT
 

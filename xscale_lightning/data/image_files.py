@@ -65,11 +65,11 @@ class FileStore:
 def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
     """Decode one image to `[C, H, W]` float32, and its gsd in metres per pixel (None where the file does not say it).
 
-    jpg and png are read by Pillow (palettes become RGB, an alpha channel stays), GeoTIFFs by rasterio. Pixels that are
-    not finite get the mean of their band.
+    jpg and png are read by Pillow (palettes become RGB, an alpha channel stays), GeoTIFFs by rasterio. Pixels without
+    data, as the file declares them, are NaN; the reader fills them (`damage.usable`).
 
     Raises:
-        ValueError: if a band has no finite pixel.
+        ValueError: if no pixel has data.
     """
     if path.lower().endswith(PICTURES):
         from PIL import Image
@@ -84,18 +84,13 @@ def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
         gsd = None
         if crs is not None and crs.is_projected:
             gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1]
-        return torch.from_numpy(_finite(source.read().astype(np.float32))), gsd
-
-
-def _finite(pixels: np.ndarray) -> np.ndarray:
-    """Fill what is not finite in `[C, H, W]` with the mean of its band."""
-    finite = np.isfinite(pixels)
-    if finite.all():
-        return pixels
-    if not finite.any(axis=(1, 2)).all():
-        raise ValueError("a band has no finite pixel")
-    means = np.where(finite, pixels, 0).sum(axis=(1, 2)) / finite.sum(axis=(1, 2))
-    return np.where(finite, pixels, means[:, None, None]).astype(np.float32)
+        pixels = source.read().astype(np.float32)
+        if source.nodata is not None:
+            present = source.read_masks() > 0
+            if not present.any():
+                raise ValueError("no pixel has data")
+            pixels[~present] = np.nan
+        return torch.from_numpy(pixels), gsd
 
 
 def descriptions(path: str, content: bytes) -> tuple[str, ...]:

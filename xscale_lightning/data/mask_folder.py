@@ -257,6 +257,7 @@ class MaskFolder(SceneFolder):
             stop_on_error=self.on_error == "stop",
             validity=self.validity,
             damage=self.damage,
+            keep_constant=self.keep_constant,
         )
 
     def _key(self, path: str) -> str:

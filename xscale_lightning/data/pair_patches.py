@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xscale_lightning.data.damage import is_constant
 from xscale_lightning.data.footprint import Footprint, read_resampled
 from xscale_lightning.data.geotiff import UnreadableFile
 from xscale_lightning.data.patches import PatchDataset, Scene, stop_message
@@ -137,6 +138,9 @@ class PairDataset(PatchDataset):
             if 1.0 - every_band.mean() > self.max_nodata:
                 return False
             np.copyto(values, self.fill_hr[:, None, None], where=~mask)
+        if not self.keep_constant and is_constant(pixels):
+            self.blank[place[0]] = 1
+            return False
         self._fetched[tuple(place.tolist())] = values
         return True
 

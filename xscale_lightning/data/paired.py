@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-from xscale_lightning.data.band_checks import check_bands
+from xscale_lightning.data.band_checks import check_bands, refuse_blank
 from xscale_lightning.data.bands import SENSORS, Bands, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap
 from xscale_lightning.data.datamodule import DEFAULT_BANDS
@@ -133,6 +133,7 @@ class PairedFolders(SceneFolder):
             stop_on_error=self.on_error == "stop",
             validity=self.validity,
             damage=self.damage,
+            keep_constant=self.keep_constant,
         )
 
     def _open(self) -> tuple[list[Scene], list[BlockMap]]:
@@ -285,6 +286,8 @@ class PairedFolders(SceneFolder):
             try:
                 if pair.nbytes <= memory:
                     pair.load()
+                    for part_of in (pair, pair.hr):
+                        refuse_blank(part_of, self.keep_constant)
                     memory -= pair.nbytes
                 else:
                     pair.check(*self.patch_size)

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from xscale_lightning.data.blocks import OriginCells
-from xscale_lightning.data.damage import DamageLog
-from xscale_lightning.data.datamodule import replicas_and_rank
+from xscale_lightning.data.damage import DamageLog, is_constant
 from xscale_lightning.data.degrade import degrade
 from xscale_lightning.data.geotiff import Grid, RasterReader, Source, UnreadableFile
+from xscale_lightning.data.samplers import ResumableSampler, replicas_and_rank
 from xscale_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
     A sample is a dict: `image [C, h, w]` float32 in raw units, `gsd` (metres per pixel), `origin [3]` (scene number,
     row, column), and where asked for or known `label`, `valid [h, w]` (bool: no band is without data), `image_hr` and
     `gsd_hr`; in lists, not in random patches, `mask` (int64, the class of every pixel of the finest image). Pixels
-    without data hold the band's `fill` value. Unreadable or mostly empty patches are never delivered: a random sample
-    is drawn anew, a listed one is left out of its batch.
+    without data hold the band's `fill` value. Unreadable, constant or mostly empty patches are never delivered: a
+    random sample is drawn anew, a listed one is left out of its batch.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         validity: bool = False,
         pair_ratio: int = 1,
         damage: DamageLog | None = None,
+        keep_constant: bool = False,
     ) -> None:
         """Choose between random patches and a list.
 
@@ -134,17 +135,20 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
             validity: whether to deliver `valid`.
             pair_ratio: above 1, the patch is delivered as `image_hr` and degraded by this factor as `image`.
             damage: the data module's list of damaged files; null makes one.
+            keep_constant: deliver patches with one value everywhere, too.
         """
         self.scenes, self.origins, self.pair_ratio = list(scenes), origins, pair_ratio
         self.size = (size[0] * pair_ratio, size[1] * pair_ratio)
         self.fill = np.asarray(fill, np.float32)
         self.samples, self.seed, self.max_nodata = samples, seed, max_nodata
         self.stop_on_error, self.validity = stop_on_error, validity
+        self.keep_constant = keep_constant
         self.labelled = all(scene.labels is not None for scene in scenes)
         self.classed = isinstance(origins, np.ndarray) and all(scene.classes is not None for scene in scenes)
         self.damage = DamageLog() if damage is None else damage
         self.failed = torch.zeros(len(self.scenes), dtype=torch.uint8).share_memory_()
         """`[scenes]` 1 where a read has failed; shared by all worker processes."""
+        self.blank = torch.zeros_like(self.failed).share_memory_()  # the same for patches with one value everywhere
         self.skips = torch.zeros((), dtype=torch.int64).share_memory_()
         """How many reads have failed; shared by all worker processes."""
 
@@ -188,9 +192,9 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         return self._batch(images, places, valid)
 
     def readable(self, origins: np.ndarray) -> np.ndarray:
-        """Which origins `[n, 3]` can be delivered, `[n]` bool; reads only scenes that can hold invalid pixels."""
+        """Which origins `[n, 3]` can be delivered, `[n]` bool."""
         patch = np.empty((len(self.fill), *self.size), np.float32)
-        can_fail = [scene.masked for scene in self.scenes]
+        can_fail = [scene.masked or not self.keep_constant for scene in self.scenes]
         return np.array([not can_fail[place[0]] or self._fetch(patch, place, None) for place in origins], bool)
 
     def _fetch(self, image: np.ndarray, place: np.ndarray, valid: np.ndarray | None) -> bool:
@@ -212,7 +216,10 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
                 np.copyto(image, self.fill[:, None, None], where=~mask)
             if valid is not None:
                 valid[...] = present
-        return True
+        if self.keep_constant or not is_constant(pixels):
+            return True
+        self.blank[place[0]] = 1
+        return False
 
     def present(self, valid: np.ndarray) -> np.ndarray:
         """Which pixels `[h, w]` count as having data, from the validity `[C, h, w]` of their bands."""
@@ -253,6 +260,9 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         failed = [scene.name for scene, flag in zip(self.scenes, self.failed.tolist(), strict=True) if flag]
         if failed:
             return f"data.root: {len(failed)} scene(s) cannot be read ({', '.join(failed[:3])}); mend or remove them."
+        if self.blank.any():
+            name = self.scenes[int(self.blank.argmax())].name
+            return f"data.root: patches of scene '{name}' have one value everywhere (data.keep_constant takes them)."
         return (
             f"data.max_nodata: no patch with at most {self.max_nodata:.0%} of its pixels without data was found in "
             f"{MAX_DRAWS} draws; raise data.max_nodata or make data.image_size smaller."
@@ -271,7 +281,7 @@ def collate(samples: dict[str, Tensor] | Sequence[dict[str, Tensor]]) -> dict[st
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-class EpochSampler(DistributedSampler[dict[str, Tensor]]):
+class EpochSampler(ResumableSampler):
     """Indices that go on counting from epoch to epoch, so that worker processes know the epoch from the index.
 
     Every process takes every n-th index, n being the number of processes. Lightning calls `set_epoch`.
@@ -284,5 +294,7 @@ class EpochSampler(DistributedSampler[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield this process's indices of the present epoch."""
-        first = self.epoch * self.num_samples * self.num_replicas + self.rank
-        return iter(range(first, first + self.num_samples * self.num_replicas, self.num_replicas))
+        samples = self.num_samples * self.num_replicas
+        return iter(
+            range(self.epoch * samples + self.rank, (self.epoch + 1) * samples, self.num_replicas)[self.first :]
+        )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from xscale_lightning.data.damage import DamageLog, without_path
+from xscale_lightning.data.damage import DamageLog, usable, without_path
 from xscale_lightning.errors import UserError
 
 OnError = Literal["skip", "stop"]
@@ -15,6 +15,8 @@ MAX_SUBSTITUTES = 32
 
 # Mistakes in code or configuration: no other file would read any better.
 _NOT_THE_FILE = (UserError, TypeError, AttributeError, NameError, ImportError, MemoryError)
+
+_IMAGES = ("image", "image2", "image_hr")
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Reader(Dataset[dict[str, Any]]):
         on_error: OnError = "skip",
         file_of: Callable[[Any], str | None] = lambda index: None,
         damage: DamageLog | None = None,
+        keep_constant: bool = False,
     ) -> None:
         """Wrap a dataset.
 
@@ -48,6 +51,7 @@ class Reader(Dataset[dict[str, Any]]):
             on_error: "skip" or "stop".
             file_of: name of the file behind an index, for messages.
             damage: the data module's list of damaged files; null makes one.
+            keep_constant: deliver images with one value everywhere, too.
         """
         check_on_error(on_error)
         self.source = source
@@ -56,6 +60,7 @@ class Reader(Dataset[dict[str, Any]]):
         self.file_of = file_of
         self.skips = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes write, the trainer reads
         self.damage = DamageLog() if damage is None else damage
+        self.keep_constant = keep_constant
         self._last_good: Any = None
 
     def __len__(self) -> int:
@@ -72,6 +77,9 @@ class Reader(Dataset[dict[str, Any]]):
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             try:
                 sample = self.prepare(self.source[index], index)
+                for key in _IMAGES:
+                    if key in sample:
+                        sample[key] = usable(sample[key], self.keep_constant)
                 self._last_good = index
                 return sample
             except _NOT_THE_FILE:

@@ -160,6 +160,8 @@ def find_scenes(
             assumed[order] += 1
         if not any(names):
             unnamed.add(len(names))
+            if len(names) > 1:  # one band without a name may be a mask, or anything else
+                left_out[path] = f"it has {len(names)} bands, and nothing says which"
         for index, key in enumerate(names, start=1):
             if key is not None:
                 found.add(key)

@@ -1,6 +1,7 @@
 """A plain folder of GeoTIFF scenes as training data: any size, any bands, one or several files per scene."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,18 +10,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from xscale_lightning.data.band_checks import check_bands
+from xscale_lightning.data.band_checks import check_bands, refuse_blank
 from xscale_lightning.data.bands import SENSORS, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap, fixed_origins, origin_cells, split_blocks
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
 from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, UnreadableFile, common_grid
 from xscale_lightning.data.patches import EpochSampler, PatchDataset, Scene, collate, stop_message
+from xscale_lightning.data.samplers import begin_worker
 from xscale_lightning.data.scene_files import SceneBands, find_scenes
 from xscale_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
 _SPLIT_NUMBER = {"train": 0, "val": 1, "test": 2}
 _SHOWN = 10
+MOST = 10**12  # samples of an epoch: no run gets there, and they are counted in 64 bits
 
 
 class SceneFolder(XScaleDataModule):
@@ -51,6 +54,7 @@ class SceneFolder(XScaleDataModule):
         validity: bool = False,
         pair_ratio: int = 1,
         on_error: Literal["skip", "stop"] = "skip",
+        keep_constant: bool = False,
         cache_mb: int = 1024,
         seed: int = 0,
         batch_size: int = 64,
@@ -75,7 +79,8 @@ class SceneFolder(XScaleDataModule):
             max_nodata: largest share of pixels without data in a patch; the rest is filled with the band's mean.
             validity: deliver `valid [B, h, w]` too: where every band has data.
             pair_ratio: above 1, deliver `image_hr`, `gsd_hr` too, `image` being their area mean (Wald's protocol).
-            on_error: what an unreadable file does: its scene is skipped and named, or the run stops.
+            on_error: what a damaged file does: its scene is skipped and named, or the run stops.
+            keep_constant: deliver scenes and patches of one value everywhere, too; else they count as damaged.
             cache_mb: memory per process in MB for whole scenes; the others are read by window.
             seed: of the random patches.
             batch_size: samples per device and step.
@@ -87,8 +92,9 @@ class SceneFolder(XScaleDataModule):
         super().__init__(bands, batch_size, num_workers)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         _require(min(height, width) >= 1, "image_size", image_size, "give at least 1 pixel")
-        _require(gsd is None or gsd > 0, "gsd", gsd, "give metres per pixel above 0, or null")
-        _require(samples_per_epoch >= 1, "samples_per_epoch", samples_per_epoch, "give at least 1")
+        _require(gsd is None or 0 < gsd < math.inf, "gsd", gsd, "give metres per pixel above 0, or null")
+        _require(1 <= samples_per_epoch <= MOST, "samples_per_epoch", samples_per_epoch, f"give 1 to {MOST}")
+        _require(split_seed >= 0, "split_seed", split_seed, "give 0 or more")
         shares_fit = min(fractions) >= 0 and fractions[0] > 0 and abs(sum(fractions) - 1) < 1e-6
         _require(
             shares_fit, "fractions", list(fractions), "give train, val and test shares that sum to 1, train above 0"
@@ -109,6 +115,7 @@ class SceneFolder(XScaleDataModule):
         self.block_size, self.split_seed, self.seed = block_size, split_seed, seed
         self.eval_stride, self.eval_samples = eval_stride, eval_samples
         self.max_nodata, self.validity, self.on_error, self.cache_mb = max_nodata, validity, on_error, cache_mb
+        self.keep_constant = keep_constant
         self.reader = RasterReader(nodata)
         self.name = os.path.basename(os.path.normpath(root)).lower() or "scenes"
         self._opened: tuple[list[Scene], list[BlockMap]] | None = None
@@ -186,6 +193,7 @@ class SceneFolder(XScaleDataModule):
             validity=self.validity,
             pair_ratio=self.pair_ratio,
             damage=self.damage,
+            keep_constant=self.keep_constant,
         )
 
     def _open(self) -> tuple[list[Scene], list[BlockMap]]:
@@ -194,16 +202,19 @@ class SceneFolder(XScaleDataModule):
             found, self.left_out = self.find_files()
             if self.on_error == "stop":
                 self._report_left_out([])
-            scenes = []
+            scenes, small = [], ""
             memory = self.cache_mb * 10**6
             for name, files in found.items():
                 try:
                     sources = [files[band_key(band)] for band in self.bands.names]
                     grid = common_grid([source.raster for source in sources], self.target_gsd)
                     scene = Scene(name, sources, grid, self.reader)
-                    self._check_size(scene)
+                    if problem := self._too_small(scene):
+                        small = small or problem
+                        raise UnreadableFile(sources[0].raster.path, f"smaller than data.image_size ({name})")
                     if scene.nbytes <= memory:
                         scene.load()
+                        refuse_blank(scene, self.keep_constant)
                         memory -= scene.nbytes
                     else:
                         scene.check(*self.patch_size)
@@ -211,6 +222,8 @@ class SceneFolder(XScaleDataModule):
                     scenes.append(scene)
                 except UnreadableFile as error:
                     self.left_out[error.path] = error.reason
+            if small and (not scenes or self.on_error == "stop"):
+                raise UserError(small)
             self._report_left_out(scenes)
             check_bands(scenes, self.bands.names, self.root)
             self._opened = scenes, self.split_area(scenes)
@@ -235,14 +248,17 @@ class SceneFolder(XScaleDataModule):
     def prepare_scene(self, scene: Scene, files: dict[str, Any]) -> None:
         """Add to a scene that was opened; `files` says where to read each of its bands. Hook for subclasses."""
 
-    def _check_size(self, scene: Scene) -> None:
+    def _too_small(self, scene: Scene) -> str:
+        """What the user reads where a patch does not fit into a scene; "" where it does."""
         height, width = self.patch_size
-        if scene.grid.height < height or scene.grid.width < width:
-            raise UserError(
-                f"data.image_size: a patch of {height}x{width} pixels is larger than scene '{scene.name}' "
-                f"({scene.grid.height}x{scene.grid.width} at {scene.grid.gsd:g} m); "
-                "make it smaller or remove the scene."
-            )
+        if scene.grid.height >= height and scene.grid.width >= width:
+            return ""
+        return (
+            f"data.image_size: a patch of {height}x{width} pixels is larger than scene '{scene.name}' "
+            f"({scene.grid.height}x{scene.grid.width} at {scene.grid.gsd:g} m); make it smaller or remove the scene."
+            + f" It is data.pair_ratio ({self.pair_ratio}) times larger than asked for."
+            * (self.pair_ratio > 1)
+        )
 
     def _report_left_out(self, scenes: Sequence[Scene]) -> None:
         if self.left_out and (self.on_error == "stop" or not scenes):
@@ -266,6 +282,7 @@ class SceneFolder(XScaleDataModule):
             **options,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            worker_init_fn=begin_worker,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -9,7 +9,10 @@ from torch.utils.data import Dataset
 
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
+from xscale_lightning.data.ground import check_gsd
 from xscale_lightning.errors import UserError
+
+MOST = 10**9
 
 
 class SyntheticDataset(Dataset[dict[str, Any]]):
@@ -72,8 +75,11 @@ class SyntheticData(XScaleDataModule):
         super().__init__(bands, batch_size, num_workers)
         values = {"image_height": image_height, "image_width": image_width, "length": length, "classes": classes}
         for name, value in values.items():
-            if value < 1:
-                raise UserError(f"data.{name}: {value} is not possible; give at least 1.")
+            if not 1 <= value <= MOST:
+                raise UserError(f"data.{name}: {value} is not possible; give 1 to {MOST}.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"data.seed: {seed} is not possible; give 0 to 2^32 - 1.")
+        check_gsd(gsd)
         self.name = "synthetic"
         self.image_size = (image_height, image_width)
         self.length, self.num_classes, self.seed = length, classes, seed

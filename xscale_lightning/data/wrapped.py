@@ -13,9 +13,12 @@ from torch.utils.data import Dataset
 from xscale_lightning.data import describe
 from xscale_lightning.data.bands import BandSelection, match_names
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
+from xscale_lightning.data.ground import check_gsd
 from xscale_lightning.data.labels import LabelMap, settle_classes
 from xscale_lightning.data.reading import OnError, Reader, check_on_error
 from xscale_lightning.errors import UserError
+
+MAX_SIDE = 16384  # pixels; larger images are scenes, which are cut
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Prepare:
             result |= {key: resize(result[key], self.size) for key in ("image", "mask") if key in result}
         result["gsd"] = torch.tensor(gsd)
         file = describe.file_of(self.source, index)
+        if file is None and isinstance(index, int):
+            return result | {"index": index}
         return result if file is None else result | {"file": file}
 
     def _mask(self, mask: Tensor, image: Tensor, index: Any) -> Tensor:
@@ -106,6 +111,7 @@ class WrappedData(XScaleDataModule):
         class_names: list[str] | None = None,
         ignore: list[int] | None = None,
         on_error: OnError = "skip",
+        keep_constant: bool = False,
         batch_size: int = 64,
         num_workers: int | None = None,
     ) -> None:
@@ -123,6 +129,7 @@ class WrappedData(XScaleDataModule):
             class_names: names of the classes of masks; null asks the data.
             ignore: values in masks of pixels that do not count; they become -1.
             on_error: "skip" puts another sample in the place of a file that cannot be read and counts it; "stop" stops.
+            keep_constant: deliver images that have one value in all pixels, too; else they count as damaged.
             batch_size: samples per device and step.
             num_workers: processes that read files; 0 reads in the training process, null chooses from the CPU count.
 
@@ -130,14 +137,16 @@ class WrappedData(XScaleDataModule):
             UserError: naming the argument that does not fit.
         """
         super().__init__(bands, batch_size, num_workers)
-        if gsd is not None and gsd <= 0:
-            raise UserError(f"data.gsd: {gsd} is not possible; give metres per pixel, above 0.")
+        check_gsd(gsd)
         self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if self._size is not None and min(self._size) < 1:
-            raise UserError(f"data.image_size: {image_size} is not possible; give pixels, at least 1.")
+        if self._size is not None and not 1 <= min(self._size) <= max(self._size) <= MAX_SIDE:
+            raise UserError(f"data.image_size: {image_size} is not possible; give pixels, 1 to {MAX_SIDE}.")
+        if num_classes is not None and num_classes < 1:
+            raise UserError(f"data.num_classes: {num_classes} is not possible; give at least 1, or null.")
         check_on_error(on_error)
         self._channels, self._given_gsd = channels, gsd
         self._on_error: OnError = on_error
+        self._keep_constant = keep_constant
         self._given_classes, self._given_multilabel = num_classes, multilabel
         self._labels, self._given_names, self._ignore = labels, class_names, ignore or []
         self.image_size = self._size or (0, 0)
@@ -173,7 +182,8 @@ class WrappedData(XScaleDataModule):
             gsd=self._given_gsd,
             preset_gsd=self.bands.gsd,
         )
-        reader = Reader(source, prepare, self._on_error, partial(describe.file_of, source), self.damage)
+        file_of = partial(describe.file_of, source)
+        reader = Reader(source, prepare, self._on_error, file_of, self.damage, self._keep_constant)
         first = reader[self.first_index(split)]
         self.image_size = (first["image"].shape[1], first["image"].shape[2])
         self.gsd = float(first["gsd"])

@@ -1,7 +1,6 @@
 """Optimizer, schedules and target networks of a method, all functions of the optimizer step."""
 
 import math
-import os
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from xscale_lightning.ema import EMA
 from xscale_lightning.errors import UserError
-from xscale_lightning.methods.measure import mix_seed
 from xscale_lightning.models.attention import Backend, choose_backend
 from xscale_lightning.models.vit import Encoder
 from xscale_lightning.optim import OptimizerConfig, Plan, apply_plan, build_optimizer, parameter_groups
 from xscale_lightning.schedules import Schedule
+from xscale_lightning.seeds import mix_seed, run_seed
 
 
 class ScheduledModule(LightningModule):
@@ -45,6 +44,8 @@ class ScheduledModule(LightningModule):
 
     def make_target(self, student: nn.Module, momentum: Schedule) -> EMA:
         """A target network that follows `student`; the base moves it after every real optimizer step."""
+        if not 0 <= min(momentum.start, momentum.end) <= max(momentum.start, momentum.end) <= 1:
+            raise UserError(f"the EMA's momentum must be in [0, 1], got start {momentum.start}, end {momentum.end}.")
         target = EMA(student)
         self._targets.append((student, target))
         self.declare("ema_momentum", momentum)
@@ -132,5 +133,4 @@ class ScheduledModule(LightningModule):
         return (size or 1) * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _seed(self, batch: int) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(mix_seed(seed, self.global_rank, batch))
+        torch.manual_seed(mix_seed(run_seed(), self.global_rank, batch))

@@ -79,9 +79,13 @@ class CrossDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if min(dim, depth, num_heads) < 1:
-            raise UserError(f"decoder width, depth and heads must be at least 1, got {dim}, {depth} and {num_heads}.")
+            raise UserError(
+                f"decoder width, depth and heads must be at least 1, got {dim}, {depth} and {num_heads} "
+                "(decoder_dim, decoder_depth, decoder_heads)."
+            )
         if dim % num_heads:
-            raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change one of them.")
+            names = "decoder_dim or decoder_heads"
+            raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change {names}.")
         self.embed = nn.Linear(in_dim, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -12,6 +12,17 @@ from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
 from xscale_lightning.models.vit import Block, BlockNorm, init_weights
 
 
+def check_sizes(dim: int, depth: int, num_heads: int) -> None:
+    """Refuse sizes that no decoder can have.
+
+    Raises:
+        UserError: one is below 1 (the depth below 0).
+    """
+    for name, value, least in (("decoder_dim", dim, 1), ("decoder_depth", depth, 0), ("decoder_heads", num_heads, 1)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}.")
+
+
 class MAEDecoder(nn.Module):
     """MAE's light decoder: mask tokens in the gaps, sin-cos positions, a few blocks, one linear layer to pixels.
 
@@ -47,8 +58,10 @@ class MAEDecoder(nn.Module):
         final_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_sizes(dim, depth, num_heads)
         if dim % num_heads:
-            raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change one of them.")
+            names = "decoder_dim or decoder_heads"
+            raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change {names}.")
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = positions or SinCosPositions(dim)

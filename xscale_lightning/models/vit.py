@@ -214,7 +214,8 @@ class ViT(Encoder):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise UserError(f"backbone width {dim} is not divisible by its {num_heads} heads: change one of them.")
+            names = "backbone.dim or backbone.num_heads"
+            raise UserError(f"backbone width {dim} is not divisible by its {num_heads} heads: change {names}.")
         if pool == "cls" and not class_token:
             raise UserError("pool 'cls' needs a class token: set class_token to true or pool to 'mean'.")
         self.in_chans, self.patch_size, self.num_features, self.depth = in_chans, patch_size, dim, depth

@@ -1,0 +1,196 @@
+"""Looks at one image file, or one sample, as a whole: is it damaged, and what would tell it apart from the others?"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from xscale_lightning.data.damage import without_path
+
+Kind = Literal[
+    "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
+    "bands", "dtype", "crs", "size", "gsd", "statistics", "sample",
+]  # fmt: skip
+Role = Literal["image", "mask"]
+PICTURES = (".jpg", ".jpeg", ".png")
+_STRIP = 1 << 24  # pixels that are read in one go
+
+
+@dataclass
+class Finding:
+    """What is known of one file; `kind` is None where nothing is wrong with it."""
+
+    path: str
+    role: Role = "image"
+    group: str = "image"
+    """Files of one group are compared with one another."""
+    kind: Kind | None = None
+    detail: str = ""
+    bands: int | None = None
+    dtype: str | None = None
+    crs: str | None = None
+    size: str | None = None
+    gsd: float | None = None
+    mean: float | None = None
+    missing: float | None = None
+    """Share of the pixels that have no data or are not finite."""
+
+    def plain(self) -> dict[str, Any]:
+        """As a line of a report."""
+        return asdict(self)
+
+
+@dataclass
+class Totals:
+    """Sums over the strips of a file."""
+
+    count: int = 0
+    valid: int = 0
+    finite: int = 0
+    total: float = 0.0
+    first: np.ndarray | None = None
+    constant: bool = True
+
+    def add(self, pixels: np.ndarray, mask: np.ndarray | None) -> None:
+        """Take in a strip `[C, h, w]` with the validity of its pixels."""
+        finite = np.isfinite(pixels) if np.issubdtype(pixels.dtype, np.floating) else None
+        usable = np.ones(pixels.shape, bool) if mask is None else mask
+        self.count += pixels.size
+        self.finite += pixels.size if finite is None else int(finite.sum())
+        usable = usable if finite is None else usable & finite
+        self.valid += int(usable.sum())
+        self.total += float(pixels[usable].sum(dtype=np.float64)) if usable.any() else 0.0
+        first = pixels[:, :1, :1] if self.first is None else self.first
+        self.constant = self.constant and bool((pixels == first).all())
+        self.first = first
+
+
+def check_file(finding: Finding, read: Callable[[], bytes] | None = None, limit: float = 0.5) -> Finding:
+    """Fill in a finding; every pixel is read once.
+
+    Args:
+        finding: names the file and its role.
+        read: gives the content of the file, where it lies in an archive.
+        limit: largest share of pixels without data or not finite.
+    """
+    try:
+        content = None if read is None else read()
+        if content is None and (problem := _cannot_be_opened(finding.path)):
+            finding.kind, finding.detail = problem
+        elif content is not None and not content:
+            finding.kind, finding.detail = "empty", "the file is empty (0 bytes)"
+        elif finding.path.lower().endswith(PICTURES):
+            _check_picture(finding, content, limit)
+        else:
+            _check_raster(finding, content, limit)
+    except Exception as error:  # libraries raise whatever they like for damaged files: the finding is what counts
+        finding.kind, finding.detail = finding.kind or "unreadable", without_path(str(error), finding.path)
+    return finding
+
+
+def _cannot_be_opened(path: str) -> tuple[Kind, str] | None:
+    if not os.path.exists(path):
+        return "missing", "a link to nothing" if os.path.islink(path) else "there is no such file"
+    if not os.path.isfile(path):
+        return "unreadable", "it is no file"
+    if not os.access(path, os.R_OK):
+        return "unreadable", "it may not be read (permissions)"
+    return ("empty", "the file is empty (0 bytes)") if os.path.getsize(path) == 0 else None
+
+
+def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None:
+    import rasterio
+    from rasterio.errors import RasterioError
+    from rasterio.io import MemoryFile
+
+    from xscale_lightning.data.geotiff import UnreadableFile, open_raster
+    from xscale_lightning.data.ground import metres_per_pixel
+
+    try:
+        source = MemoryFile(content).open() if content is not None else open_raster(finding.path)
+    except (RasterioError, UnreadableFile) as error:
+        text = error.reason if isinstance(error, UnreadableFile) else str(error)
+        finding.kind, finding.detail = "no image", without_path(text, finding.path)
+        return
+    with source:
+        finding.bands, finding.dtype = source.count, str(np.result_type(*source.dtypes))
+        finding.crs = source.crs.to_string() if source.crs else None
+        finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
+        totals = Totals()
+        masked = any(rasterio.enums.MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
+        try:
+            for window in _strips(source):
+                pixels = source.read(window=window)
+                totals.add(pixels, source.read_masks(window=window) > 0 if masked else None)
+        except RasterioError as error:
+            finding.kind, finding.detail = "truncated", without_path(str(error.__cause__ or error), finding.path)
+            return
+    judge(finding, totals, limit)
+
+
+def _strips(source: Any) -> Iterator[Any]:
+    from rasterio.windows import Window
+
+    rows = max(1, _STRIP // max(1, source.width * source.count))
+    rows = max(rows, source.block_shapes[0][0])
+    for row in range(0, source.height, rows):
+        yield Window(0, row, source.width, min(rows, source.height - row))  # type: ignore[call-arg]
+
+
+def _check_picture(finding: Finding, content: bytes | None, limit: float) -> None:
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(finding.path if content is None else io.BytesIO(content))
+    except UnidentifiedImageError:
+        finding.kind, finding.detail = "no image", "no jpg or png"
+        return
+    with picture:
+        try:
+            pixels = np.asarray(picture)
+        except (OSError, SyntaxError) as error:
+            finding.kind, finding.detail = "truncated", without_path(str(error), finding.path)
+            return
+    pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    finding.bands, finding.dtype = len(pixels), str(pixels.dtype)
+    finding.size = f"{pixels.shape[1]} x {pixels.shape[2]}"
+    totals = Totals()
+    totals.add(pixels, None)
+    judge(finding, totals, limit)
+
+
+def judge(finding: Finding, totals: Totals, limit: float) -> None:
+    """Say what the pixels of one file show."""
+    finding.missing = 1.0 - totals.valid / totals.count if totals.count else 1.0
+    finding.mean = totals.total / totals.valid if totals.valid else None
+    if finding.role == "mask":  # one class everywhere is no damage
+        return
+    unfinite = 1.0 - totals.finite / totals.count if totals.count else 0.0
+    if unfinite > limit:
+        finding.kind, finding.detail = "not finite", f"{unfinite:.0%} of its pixels are NaN or infinite"
+    elif not totals.valid:
+        finding.kind, finding.detail = "no data", "no pixel has data"
+    elif finding.missing > limit:
+        finding.kind, finding.detail = "no data", f"{finding.missing:.0%} of its pixels have no data"
+    elif totals.constant and totals.first is not None and totals.count > totals.first.size:
+        values = sorted({float(value) for value in totals.first.ravel()})
+        finding.kind = "constant"
+        finding.detail = f"every pixel has the value {values[0]:g}" + " (another per band)" * (len(values) > 1)
+
+
+def check_sample(finding: Finding, sample: Any, limit: float = 0.5) -> Finding:
+    """The same for a sample that a dataset has read: `image` and, of pairs, `image2` and `image_hr`."""
+    for key in ("image", "image2", "image_hr"):
+        if key in sample and finding.kind is None:
+            pixels = np.asarray(sample[key])
+            totals = Totals()
+            totals.add(pixels.reshape(-1, *pixels.shape[-2:]), None)
+            if key == "image":
+                finding.bands, finding.dtype = len(pixels), str(pixels.dtype)
+                finding.size = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+            judge(finding, totals, limit)
+    return finding
