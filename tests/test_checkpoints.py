@@ -112,7 +112,7 @@ def test_damaged_files_are_named(saved, tmp_path):
         load_method(tmp_path)
     with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as file:
         file.writestr("a.txt", "a")
-    with pytest.raises(UserError, match=r"zip\.ckpt' cannot be read"):
+    with pytest.raises(UserError, match=r"zip\.ckpt' is damaged or no checkpoint"):
         load_method(tmp_path / "zip.ckpt")
 
 
@@ -130,7 +130,7 @@ def test_checkpoints_of_other_programs_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("class_path", "message"),
     [
-        ("no_such_package.method.Mine", "needs no_such_package.method.Mine: install"),
+        ("no_such_package.method.Mine", "names 'no_such_package.method.Mine', of no announced plug-in"),
         ("xscale_lightning.methods.mae.Gone", "needs xscale_lightning.methods.mae.Gone: install"),
         ("torch.nn.Linear", "names torch.nn.Linear, which is no method"),
     ],

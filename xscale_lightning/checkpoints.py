@@ -4,9 +4,6 @@ Files from others are opened with `weights_only=True`: loading never runs code.
 """
 
 import dataclasses
-import importlib
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +14,8 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from xscale_lightning import __version__
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
+from xscale_lightning.opening import load_torch
+from xscale_lightning.records import check_arguments, check_record, check_state, trusted_class
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
@@ -67,21 +66,10 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not a checkpoint, damaged, or with content other than weights and plain types.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a .ckpt file.")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"checkpoint {str(path)!r} is damaged or no checkpoint: torch writes another format.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {str(path)!r} holds more than weights, so it is not opened: it could run code."
-        ) from error
-    except Exception as error:  # torch raises many types for damaged archives
-        raise UserError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    checkpoint = load_torch(path, mmap=True)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{str(path)!r} is no training checkpoint: it has no 'state_dict'.")
+    check_state(checkpoint, str(path))
     return checkpoint
 
 
@@ -94,6 +82,7 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     checkpoint = read(path)
     if KEY not in checkpoint:
         raise UserError(f"checkpoint {str(path)!r} was not written by xscale: it says nothing of its method.")
+    check_record(checkpoint[KEY], str(path))
     return checkpoint, checkpoint[KEY]
 
 
@@ -183,25 +172,52 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def load_method(path: str | Path) -> "SSLModule":
     """Rebuild the method of a checkpoint, weights included, in evaluation mode.
 
-    The class named in the file is imported, so it must be one of ours or of an installed plug-in: no file is executed
-    that is not already installed.
+    The class named in the file is imported only if it is one of ours or of an announced plug-in, or if the program has
+    imported its module already. What its arguments would build is compared with the weights before memory is asked for.
 
     Raises:
-        UserError: as `read_metadata`, or the class cannot be found.
+        UserError: as `read_metadata`, the class cannot be found, or its arguments are not of these weights.
     """
-    from xscale_lightning.methods.base import SSLModule
-
     checkpoint, saved = read_metadata(path)
-    module_name, _, class_name = saved["class_path"].rpartition(".")
+    label = f"checkpoint {str(path)!r}"
+    cls = trusted_class(saved["class_path"], label)
+    arguments = {**_without_download(saved["init_args"]), "bands": saved["bands"]}
+    check_arguments(arguments, checkpoint["state_dict"], label)
+    problem = ""
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"checkpoint {str(path)!r} needs {saved['class_path']}: install its package.") from error
-    if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
-        raise UserError(f"checkpoint {str(path)!r} names {saved['class_path']}, which is no method.")
-    module = build_method(cls, {**_without_download(saved["init_args"]), "bands": saved["bands"]})
-    module.load_state_dict(checkpoint["state_dict"])
-    return module.eval()
+        problem = _difference(checkpoint["state_dict"], _shapes(cls, arguments))
+        if not problem:
+            module = build_method(cls, arguments)
+            module.load_state_dict(checkpoint["state_dict"])
+            return module.eval()
+    except UserError:
+        raise
+    except Exception as error:  # argparse's, and whatever classes raise of arguments that they do not expect
+        problem = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    raise UserError(f"{label} cannot be rebuilt as {saved['class_path']}: {problem}")
+
+
+def _shapes(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> Mapping[str, torch.Tensor] | None:
+    """Tensors that a method would have, without memory; None of a plug-in that needs some to be built."""
+    try:
+        with torch.device("meta"):
+            return build_method(cls, arguments).state_dict()
+    except (RuntimeError, NotImplementedError):
+        if cls.__module__.split(".")[0] == __name__.split(".")[0]:
+            raise
+        return None
+
+
+def _difference(state: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor] | None) -> str:
+    """The first tensor by which two state dicts differ in name or shape; "" if none does."""
+    if ours is None:
+        return ""
+    for name in sorted(set(state) ^ set(ours)):
+        return f"tensor {name!r} is {'only in the file' if name in state else 'missing from it'}."
+    for name, tensor in state.items():
+        if tensor.shape != ours[name].shape:
+            return f"tensor {name!r} is {list(tensor.shape)} there and {list(ours[name].shape)} by its arguments."
+    return ""
 
 
 def _without_download(arguments: Mapping[str, Any]) -> dict[str, Any]:

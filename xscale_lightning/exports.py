@@ -10,32 +10,27 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from xscale_lightning import __version__
 from xscale_lightning.checkpoints import plain
-from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
+from xscale_lightning.exported import BLOCK, FORMAT, State, load_into, read_export, sums
+from xscale_lightning.files import advice, reason, save_tensors, sync, sync_folder
 from xscale_lightning.models.pos_embed import LearnedPositions, SinCosPositions
 from xscale_lightning.models.registry import SIZES, BackboneConfig
 from xscale_lightning.models.timm_vit import TimmViT
 from xscale_lightning.models.vit import Encoder, ViT
-from xscale_lightning.pretrained import BANDS, CONFIG, WEIGHTS, Origin, Pretrained
+from xscale_lightning.opening import load_safetensors
+from xscale_lightning.pretrained import BANDS, CONFIG, WEIGHTS, Pretrained
 
 CARD = "README.md"
-BLOCK = "xscale"  # key of our own part of the configuration
-FORMAT = 1
 TIMM_EPS = 1e-6
 TOLERANCE = 1e-9  # largest difference between timm's features and ours in float64
 
-State = dict[str, Tensor]
 Card = Callable[[dict[str, Any]], str]
 
 
@@ -61,10 +56,17 @@ def write_export(source: Pretrained, folder: str | Path, card: Card, overwrite: 
     try:
         config = _fill(source, work)
         (work / CARD).write_text(card(config), encoding="utf-8")
+        for file in work.iterdir():
+            sync(file)
+        sync_folder(work)
         work.chmod(0o755)  # mkdtemp's folders are for the owner alone
+        check_target(target, overwrite)  # another process may have been faster
         _put_in_place(work, target)
+        sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"OUT '{target}' cannot be written ({error.strerror}); choose another.") from error
+        shutil.rmtree(work, ignore_errors=True)
+        why = reason(error, target)
+        raise UserError(f"OUT '{target}' cannot be written ({why}); {advice(error, 'choose another')}.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return config
@@ -130,7 +132,7 @@ def _side(source: Pretrained) -> int:
 def _write(source: Pretrained, work: Path, side: int, why_not: str) -> dict[str, Any]:
     encoder = source.encoder
     state = encoder.state_dict() if why_not else timm_state(encoder, side)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, work / WEIGHTS, {"format": "pt"})
+    save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, work / WEIGHTS, {"format": "pt"})
     own = {
         "format": FORMAT,
         "method": source.origin.method,
@@ -144,9 +146,10 @@ def _write(source: Pretrained, work: Path, side: int, why_not: str) -> dict[str,
         "timm": not why_not,
         "why_not_timm": why_not or None,
     }
+    (work / BANDS).write_text(json.dumps(source.bands.to_dict(), indent=2) + "\n", encoding="utf-8")
+    own["sha256"] = sums(work, own)
     config = {**timm_config(source, side, bool(why_not)), BLOCK: own}
-    for name, content in ((CONFIG, config), (BANDS, source.bands.to_dict())):
-        (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
 
@@ -243,52 +246,5 @@ def _disagreement(source: Pretrained, folder: Path, side: int) -> str:
 def _again(source: Pretrained, folder: Path) -> Encoder:
     """A copy of the encoder, so that nothing happens to the one at hand."""
     encoder = source.config.build(len(source.bands), source.bands.wavelengths)
-    _load(encoder, load_file(folder / WEIGHTS), True, folder)
+    load_into(encoder, load_safetensors(folder / WEIGHTS, str(folder)), True, folder)
     return encoder.eval()
-
-
-def read_export(folder: str | Path) -> Pretrained:
-    """What `write_export` wrote, in evaluation mode.
-
-    Raises:
-        UserError: not written by xscale, damaged, or files that do not belong together.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        bands = Bands.from_dict(json.loads((folder / BANDS).read_text(encoding="utf-8")))
-        state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"export '{folder}' cannot be read: {str(error).splitlines()[0]}") from error
-    own = config.get(BLOCK) if isinstance(config, dict) else None
-    if not isinstance(own, dict) or not isinstance(own.get("backbone"), dict):
-        raise UserError(f"export '{folder}' was not written by xscale: its {CONFIG} has no '{BLOCK}'.")
-    if own.get("format") != FORMAT:
-        raise UserError(
-            f"export '{folder}' has format {own.get('format')} and this version reads {FORMAT}: take a newer "
-            "xscale_lightning."
-        )
-    known = {field.name for field in fields(BackboneConfig)}
-    if unknown := sorted(set(own["backbone"]) - known):
-        raise UserError(f"export '{folder}': its {CONFIG} has the backbone option {unknown[0]!r}, which is unknown.")
-    backbone = BackboneConfig(**own["backbone"])
-    encoder = backbone.build(len(bands), bands.wavelengths)
-    _load(encoder, state, bool(own.get("timm")), folder)
-    origin = Origin(str(folder), own.get("method", ""), own.get("image_size"), own.get("trained_with", ""))
-    return Pretrained(encoder, bands, backbone, own.get("scaling", "standardize"), origin)
-
-
-def _load(encoder: Encoder, state: State, timm_names: bool, folder: Path) -> None:
-    if timm_names and isinstance(encoder, TimmViT):
-        state = {f"model.{name}": value for name, value in state.items()}
-    elif timm_names:
-        table = state.pop("pos_embed", None)
-        if isinstance(getattr(encoder, "positions", None), LearnedPositions) and table is not None:
-            state["positions.table"] = table
-    try:
-        encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
-    except (RuntimeError, StopIteration) as error:
-        line = [text.strip() for text in str(error).splitlines() if text.strip()][-1:] or ["no weights"]
-        raise UserError(f"export '{folder}': {WEIGHTS} is not of its {CONFIG}: {line[0]}") from error

@@ -110,7 +110,7 @@ def load_backbone(path: str | Path) -> Pretrained:
     """
     found = locate(path)
     if found.is_dir():
-        from xscale_lightning.exports import read_export
+        from xscale_lightning.exported import read_export
 
         return read_export(found)
     return of_method(checkpoints.load_method(found), found)
@@ -129,7 +129,8 @@ def locate(path: str | Path) -> Path:
         return path
     found = list(path.glob("*.ckpt")) or list(path.glob("checkpoints/*.ckpt"))
     if not found:
-        stages = sorted(path.glob("stage_*"), key=lambda stage: int(stage.name.split("_")[1]))
+        stages = [stage for stage in path.glob("stage_*") if stage.name.split("_")[1].isdigit()]
+        stages.sort(key=lambda stage: int(stage.name.split("_")[1]))
         found = [file for stage in stages[-1:] for file in stage.glob("checkpoints/*.ckpt")]
     if not found:
         raise UserError(
@@ -178,10 +179,12 @@ def scaling_of(method: "SSLModule") -> Scale:
 def _seen_size(path: Path) -> int | None:
     """Side of the images that the run's `ReconstructionPictures` saw."""
     for key, state in checkpoints.read(path).get("callbacks", {}).items():
-        if str(key).startswith("ReconstructionPictures") and isinstance(state, dict) and state.get("image_size"):
-            return min(state["image_size"])
+        sides = state.get("image_size") if isinstance(state, dict) else None
+        sides = [side for side in sides if type(side) is int and side > 0] if isinstance(sides, list) else []
+        if str(key).startswith("ReconstructionPictures") and sides:
+            return min(sides)
     return None
 
 
 def _version(path: Path) -> str:
-    return str(checkpoints.read_metadata(path)[1].get("versions", {}).get("xscale_lightning", ""))
+    return str((checkpoints.read_metadata(path)[1].get("versions") or {}).get("xscale_lightning", ""))

@@ -1,6 +1,5 @@
 """`xscale predict`: the embeddings of a data set as one safetensors file."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from safetensors.torch import save_file
 
 from xscale_lightning.callbacks.probe import run_folder
+from xscale_lightning.files import save_tensors, told
 
 
 class EmbeddingWriter(BasePredictionWriter):
@@ -43,8 +42,7 @@ class EmbeddingWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
             tensors["index"] = torch.tensor([i for group in batch_indices for batch in group for i in batch])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        with told(path, remedy="give another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(tensors, path)
         rank_zero_info(f"embeddings {list(tensors['embedding'].shape)} written to {path}")

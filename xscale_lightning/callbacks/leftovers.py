@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from xscale_lightning.callbacks.probe import run_folder
+from xscale_lightning.locks import LOCK
 
 MAX_REASONS = 100  # in results.json; a folder with thousands of damaged files would bury the rest
 CLOCK_SLACK = 2.0  # seconds; file systems round their times
@@ -67,7 +68,7 @@ def _is_start(path: Path, folder: Path, since: float) -> bool:
         return False
     if path.is_dir():
         return name in ("pictures", "checkpoints")
-    known = name in ("config.yaml", "hparams.yaml")
+    known = name in ("config.yaml", "hparams.yaml", LOCK)
     known = known or (name.startswith("pictures/") and name.endswith("step_0000000.png"))
     known = known or (path.parent == folder and name.startswith("events.out."))
     return known and path.stat().st_mtime >= since - CLOCK_SLACK

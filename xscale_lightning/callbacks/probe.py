@@ -17,9 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from xscale_lightning import unwritten
 from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.errors import UserError
 from xscale_lightning.evaluation.pictures import save_png
+from xscale_lightning.files import reason
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ def publish_picture(trainer: Trainer, picture: np.ndarray, tag: str, prefix: str
     folder, step = run_folder(trainer), current_step(trainer)
     if folder is None:
         return False
-    save_png(picture, folder / "pictures" / f"{prefix}step_{step:07d}.png")
+    path = folder / "pictures" / f"{prefix}step_{step:07d}.png"
+    try:
+        save_png(picture, path)
+    except OSError as error:
+        unwritten.note(str(path), f"picture '{path}' is not written ({reason(error, path)}).", kind="pictures")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             # A copy: TensorBoard turns the array into a tensor, which needs a writable one.

@@ -2,19 +2,20 @@
 
 import functools
 import os
-import pickle
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+
+from xscale_lightning import checkpoints
+from xscale_lightning.errors import UserError
 
 
 @functools.lru_cache(maxsize=1)
 def _parts(path: str, modified: int) -> tuple[int, dict[str, Any]]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
+        checkpoint = checkpoints.read(path)
+    except UserError:
         return 0, {}  # an unusual checkpoint that the Trainer could open: what it says of its run is "not measured"
     return checkpoint.get("global_step") or 0, checkpoint.get("callbacks") or {}
 

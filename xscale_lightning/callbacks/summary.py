@@ -1,13 +1,8 @@
 """The end of a run: a table, one plain sentence, and `results.json`."""
 
-import json
-import math
-import os
-import tempfile
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +13,15 @@ from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
+from xscale_lightning import unwritten
 from xscale_lightning.callbacks.leftovers import damage_lines, damage_record, remove_unused_run
 from xscale_lightning.callbacks.probe import Measurement, run_folder
 from xscale_lightning.callbacks.provenance import device_record, provenance, versions
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.callbacks.throughput import batch_images
 from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, verdict
-from xscale_lightning.errors import find_user_error
+from xscale_lightning.errors import Stopped, find_user_error
+from xscale_lightning.files import reason, write_json
 
 
 class RunSummary(Callback):
@@ -136,7 +133,7 @@ class RunSummary(Callback):
         What a checkpoint says of steps and images does not count: only what this process has trained is news.
         """
         if self._first_step is not None and trainer.global_step > self._first_step:
-            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            status = "interrupted" if isinstance(exception, (KeyboardInterrupt, Stopped)) else "failed"
             self._report(trainer, pl_module, "fit", status)
         elif trainer.is_global_zero and find_user_error(exception) is not None:
             remove_unused_run(trainer, self._made)
@@ -161,8 +158,14 @@ class RunSummary(Callback):
             content = {**self._fitted, **tested, "losses": losses, "tested_checkpoint": str(trainer.ckpt_path or "")}
         elif command == "fit":
             self._fitted = content
-        path = write_json(content, folder / "results.json")
-        rank_zero_info(f"results: {path}")
+        path = folder / "results.json"
+        try:
+            write_json(content, path)
+        except OSError as error:
+            unwritten.note(str(path), f"'{path}' is not written ({reason(error, path)}).")
+        else:
+            unwritten.made_good(str(path))
+            rank_zero_info(f"results: {path}")
 
     def _print(self, trainer: Trainer, sentence: str, status: str) -> None:
         console = get_console()
@@ -184,7 +187,7 @@ class RunSummary(Callback):
                 )
             console.print(table)
         console.print(sentence, markup=False, highlight=False)
-        for line in damage_lines(trainer):
+        for line in (*damage_lines(trainer), *unwritten.lost().values()):
             console.print(line, markup=False, highlight=False)
 
     def _results(
@@ -207,33 +210,10 @@ class RunSummary(Callback):
             "images_seen": self.images_seen,
             "flops_per_image": getattr(pl_module, "flops_per_image", 0) or None,
             **damage_record(trainer),
+            **({"unwritten": lost} if (lost := unwritten.lost()) else {}),
             **provenance(trainer, pl_module),
             "seconds": round(self._seconds(), 3),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "device": device_record(trainer, pl_module.device),
         }
-
-
-def write_json(content: dict[str, Any], path: Path) -> Path:
-    """Write strict JSON (numbers that are not finite become null), whole or not at all. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_strict(content), file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,3 +12,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line."""
         raise UserError(f"{message}; `{self.prog} --help` shows the options.")
+
+    def add_method_option(self) -> None:
+        """Add `--method`, which names the class of a checkpoint's method where no installed package announces it."""
+        text = "class of CKPT's method, package.module.Class, if no installed package announces it as a plug-in"
+        self.add_argument("--method", metavar="CLASS", help=text)
+
+
+def import_method(name: str | None) -> None:
+    """Import the class of `--method`: a checkpoint may only name classes that the user knows of.
+
+    Raises:
+        UserError: it cannot be imported, or is no method.
+    """
+    if name is not None:
+        from xscale_lightning.methods.discovery import load_class
+
+        load_class(name)

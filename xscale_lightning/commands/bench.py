@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from xscale_lightning import checkpoints
-from xscale_lightning.callbacks.summary import write_json
 from xscale_lightning.commands.bench_cells import Cell, plan
 from xscale_lightning.commands.bench_file import PRETRAINING, Bench, read_bench
 from xscale_lightning.commands.bench_report import report
 from xscale_lightning.commands.bench_results import Record, collect, given
 from xscale_lightning.commands.train import check_writable, prepare
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, write_json
+from xscale_lightning.locks import held
 
 Launch = Callable[[list[str]], tuple[int, str]]
 CELL = "cell.json"
@@ -63,7 +64,8 @@ def main(argv: list[str], launch: Launch | None = None) -> int:
         for cell in chosen:
             print(f"{'computed already' if is_finished(cell, folder) else 'to run':<16}  {cell.name}")
         return 0
-    return run(bench, cells, chosen, folder, launch or in_new_process)
+    with held(folder, "bench folder"):
+        return run(bench, cells, chosen, folder, launch or in_new_process)
 
 
 def choose(bench: Bench, only: str) -> tuple[set[str], set[str]]:
@@ -125,14 +127,16 @@ def run_cell(cell: Cell, folder: Path, launch: Launch) -> None:
         print(f"goes on from {begun}")
         words += ["--ckpt_path", str(begun)]
     content = {"cell": cell.name, "key": cell.key, "status": "interrupted", "command": words}
-    write_json(content, here / CELL)  # true until it has ended, however that happens
+    with told(here / CELL):
+        write_json(content, here / CELL)  # true until it has ended, however that happens
     code, error = launch(words)
     if code in SIGNALLED:
         raise KeyboardInterrupt
     content["status"] = "failed" if code else "finished"
     if code:
         content["error"] = error or f"exit code {code}"
-    write_json(content, here / CELL)
+    with told(here / CELL):
+        write_json(content, here / CELL)
 
 
 def place(cell: Cell, folder: Path) -> Path:

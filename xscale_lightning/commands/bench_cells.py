@@ -22,7 +22,9 @@ from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import UserError
 from xscale_lightning.init_from import open_source, same_bands
 from xscale_lightning.methods.discovery import class_path
+from xscale_lightning.opening import read_yaml
 from xscale_lightning.pretrained import locate
+from xscale_lightning.records import check_class_paths
 
 Plain = dict[str, Any]
 Option = Literal["--ckpt_path", "--model.init_from"]
@@ -146,7 +148,8 @@ def _existing(path: str) -> Start:
         _, saved = checkpoints.read_metadata(file)
         written = file.parent.parent / "config.yaml"
         if written.is_file():
-            base = yaml.safe_load(written.read_text(encoding="utf-8"))
+            base = read_yaml(written, f"'{written}'")
+            check_class_paths(base, f"'{written}'")
         else:
             base = {"model": {"class_path": saved["class_path"], "init_args": saved["init_args"]}}
         return Start(_weights(path), _base(base), Bands.from_dict(saved["bands"]), str(file))

@@ -73,6 +73,8 @@ def read_bench(path: str) -> Bench:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"BENCH {path!r} cannot be read ({error.strerror}): give a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"BENCH {path!r} is no text: give a YAML file.") from error
     except yaml.YAMLError as error:
         raise UserError(f"BENCH {path!r} is no valid YAML: {str(error).splitlines()[0]}.") from error
     label = f"BENCH {path!r}"

@@ -13,7 +13,7 @@ from xscale_lightning.callbacks.verdict import format_value
 from xscale_lightning.commands.bench_file import PRETRAINING, Bench
 from xscale_lightning.commands.bench_plot import draw
 from xscale_lightning.commands.bench_results import GIVEN, Record, Score, missing, summarise
-from xscale_lightning.commands.outputs import strict_json, write_together
+from xscale_lightning.files import strict_json, write_together
 
 
 def report(bench: Bench, records: Sequence[Record], folder: Path, show: bool = False) -> list[tuple[str, str]]:

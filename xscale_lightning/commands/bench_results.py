@@ -11,6 +11,8 @@ from typing import Any
 
 from xscale_lightning.commands.bench_cells import Cell
 from xscale_lightning.commands.bench_file import PRETRAINING, Bench
+from xscale_lightning.errors import UserError
+from xscale_lightning.opening import read_json
 
 # Quantiles of Student's t at 97.5 %, by degrees of freedom; a series gives those that follow (error below 0.001).
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -79,8 +81,11 @@ def collect(cell: Cell, status: str, error: str, here: Path) -> Record:
 def given(model: str, seed: int, source: str) -> Record:
     """The pretraining of a checkpoint that was there already, as far as its run says what it cost."""
     path = Path(source).parent.parent / "results.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    budget = spent([content], training=True) if content else Budget()
+    try:  # beside a checkpoint that may be a stranger's
+        content = read_json(path, f"'{path}'") if path.is_file() else None
+        budget = spent([content], training=True) if content else Budget()
+    except (UserError, KeyError, TypeError, AttributeError, IndexError):
+        budget = Budget()
     return Record(model, PRETRAINING, seed, "", GIVEN, "", source, budget)
 
 

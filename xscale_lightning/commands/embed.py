@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xscale_lightning.commands.arguments import Parser
+from xscale_lightning.commands.arguments import Parser, import_method
 from xscale_lightning.errors import UserError
 from xscale_lightning.pretrained import WEIGHTS
 
@@ -48,6 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=32, metavar="N", help="windows or samples at a time (32)")
     add("--overwrite", action="store_true", help="replace output that exists")
     add("--restart", action="store_true", help="begin anew, not where an earlier try was interrupted")
+    parser.add_method_option()
     args = parser.parse_args(words)
     args.data_options = data_options
     _check(args)
@@ -131,6 +132,7 @@ def main(argv: list[str]) -> int:
         require_parquet()
     args.crs = args.crs and check_crs(args.crs, "--crs")
     args.checkpoint = locate(args.checkpoint)
+    import_method(args.method)
     model = load_backbone(args.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.data:

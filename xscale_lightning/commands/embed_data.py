@@ -5,12 +5,10 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import Subset
 
 from xscale_lightning.commands.embed import SPLITS, progress, weights_hash
@@ -19,6 +17,7 @@ from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.tables import polygon, write_parquet
 from xscale_lightning.errors import UserError
 from xscale_lightning.init_from import same_bands
+from xscale_lightning.opening import read_yaml
 from xscale_lightning.pretrained import Pretrained
 
 GROUP = 1024  # samples of a part, about
@@ -91,10 +90,7 @@ def open_data(args: argparse.Namespace) -> tuple[XScaleDataModule, str]:
 
     given: Any = args.data
     if os.path.splitext(given)[1] in (".yaml", ".yml", ".json"):
-        try:
-            content = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"--data '{given}' cannot be read ({error.strerror}); give a configuration.") from error
+        content = read_yaml(given, f"--data '{given}'")
         given = content.get("data") if isinstance(content, dict) else None
         if not isinstance(given, dict):
             raise UserError(f"--data '{args.data}' has no data section; give a configuration that has.")

@@ -3,12 +3,11 @@
 import argparse
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xscale_lightning.commands.arguments import Parser
+from xscale_lightning.commands.arguments import Parser, import_method
 from xscale_lightning.errors import UserError
 
 
@@ -29,6 +28,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="side of the images timm's model is made for (default: trained)",
     )
     add("--overwrite", action="store_true", help="replace an export that exists")
+    parser.add_method_option()
     return parser.parse_args(argv)
 
 
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     path = locate(args.checkpoint)
     if path.is_dir():
         raise UserError(f"CKPT '{path}' is an export already; give a checkpoint, or copy the folder.")
+    import_method(args.method)
     source = load_backbone(path)
     if args.image_size is not None:
         patch = source.encoder.patch_size
@@ -68,9 +69,8 @@ def main(argv: list[str]) -> int:
 
 def run_facts(path: Path) -> dict[str, Any]:
     """What the model card says of the run: method and its source, step, data, numbers, hash of the checkpoint."""
-    import yaml
-
     from xscale_lightning.checkpoints import read_metadata
+    from xscale_lightning.opening import read_json, read_yaml
 
     checkpoint, saved = read_metadata(path)
     with open(path, "rb") as file:
@@ -83,9 +83,9 @@ def run_facts(path: Path) -> dict[str, Any]:
     }
     for folder in (path.parent, path.parent.parent):
         if "numbers" not in facts and (folder / "results.json").is_file():
-            facts["numbers"] = _numbers(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+            facts["numbers"] = _numbers(read_json(folder / "results.json", f"'{folder / 'results.json'}'"))
         if "data" not in facts and (folder / "config.yaml").is_file():
-            content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            content = read_yaml(folder / "config.yaml", f"'{folder / 'config.yaml'}'")
             data = content.get("data") if isinstance(content, dict) else None
             if isinstance(data, dict):
                 facts["data"] = _data_name(data)
@@ -94,16 +94,19 @@ def run_facts(path: Path) -> dict[str, Any]:
 
 def _first_line(module: str) -> str:
     from xscale_lightning.commands.methods import first_line
+    from xscale_lightning.records import is_trusted
 
     try:
-        return first_line(module) if importlib.util.find_spec(module) else ""
+        return first_line(module) if is_trusted(module) and importlib.util.find_spec(module) else ""
     except (ImportError, ValueError):
         return ""
 
 
 def _data_name(data: dict[str, Any]) -> str:
     """Class of the data and of the data set in it; no folders, which are nobody else's."""
-    inner = (data.get("init_args") or {}).get("dataset") or (data.get("init_args") or {}).get("datamodule") or {}
+    arguments = data.get("init_args")
+    arguments = arguments if isinstance(arguments, dict) else {}
+    inner = arguments.get("dataset") or arguments.get("datamodule") or {}
     names = [data.get("class_path"), inner.get("class_path") if isinstance(inner, dict) else None]
     return " of ".join(str(name).rsplit(".", 1)[-1] for name in names if name)
 

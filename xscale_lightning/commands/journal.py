@@ -1,9 +1,9 @@
 """Finished parts of a long command, kept beside its output until that is whole, so that a next try goes on."""
 
 import json
-import os
 import shutil
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, whole, write_bytes
+from xscale_lightning.locks import acquire, release
 
 JOB = "job.json"
 
@@ -29,17 +31,27 @@ class Journal:
 
     def __init__(self, folder: Path, job: Mapping[str, Any], restart: bool = False) -> None:
         self.folder = folder
-        if restart:
-            self.remove()
+        with told(folder, remedy="choose another output"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = acquire(folder)
+        try:
+            self._begin(job, restart)
+        except BaseException:
+            release(self._lock)
+            raise
+
+    def _begin(self, job: Mapping[str, Any], restart: bool) -> None:
+        folder = self.folder
+        if restart and (folder / JOB).is_file():
+            for path in folder.glob("*.npz"):
+                path.unlink()
+            (folder / JOB).unlink()
         wanted = json.loads(json.dumps(job))  # as it reads back: tuples are lists, for example
         if (folder / JOB).is_file():
             self._check(wanted)
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(JOB, json.dumps(wanted, indent=2).encode())
-        except OSError as error:
-            raise UserError(f"'{folder}' cannot be written ({error.strerror}); choose another output.") from error
+        with told(folder, remedy="choose another output"):
+            write_bytes(folder / JOB, json.dumps(wanted, indent=2).encode())
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         try:
@@ -65,18 +77,9 @@ class Journal:
         Raises:
             UserError: it cannot be written.
         """
-        try:
-            handle, part = tempfile.mkstemp(suffix=".part", dir=self.folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez(file, **parts)  # type: ignore[arg-type]
-                os.replace(part, self.folder / f"{name}.npz")
-            finally:
-                Path(part).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"'{self.folder}' cannot be written ({error.strerror}); make room and run it again."
-            ) from error
+        path = self.folder / f"{name}.npz"
+        with told(self.folder, remedy="make room and run it again"), whole(path) as part, part.open("wb") as file:
+            np.savez(file, **parts)  # type: ignore[arg-type]
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """A finished part.
@@ -87,18 +90,14 @@ class Journal:
         try:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"'{self.folder / name}.npz' is damaged; begin anew with --restart.") from error
 
     def remove(self) -> None:
         """Throw all parts away; nothing else is in such a folder."""
         if self.folder.is_dir() and (self.folder / JOB).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write(self, name: str, content: bytes) -> None:
-        part = self.folder / f"{name}.part"
-        part.write_bytes(content)
-        os.replace(part, self.folder / name)
+        release(self._lock)
 
 
 def _short(value: Any) -> str:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xscale_lightning.commands.arguments import Parser
-from xscale_lightning.commands.outputs import strict_json, write_together
+from xscale_lightning.commands.arguments import Parser, import_method
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import strict_json, write_together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--no-false-colour", action="store_true", help="leave the rows in false colour out")
     add("--tif", metavar="FILE.tif", help="write a reconstruction as GeoTIFF in raw units, too")
     add("--tif-ratio", type=float, metavar="R", help="its mask ratio, one of --ratios (default: the highest)")
+    parser.add_method_option()
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -191,6 +192,7 @@ def main(argv: list[str]) -> int:
     from xscale_lightning.evaluation.ratio_figure import FigureText, ratio_figure
     from xscale_lightning.evaluation.ratios import restore_at_ratios, score, to_raw
 
+    import_method(args.method)
     method = checkpoints.load_method(args.checkpoint)
     if not hasattr(method, "mask_ratio"):
         raise UserError(f"CKPT '{args.checkpoint}' is of method {method.method_name}, which puts no pixels back.")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.pytorch.cli import ArgsType
 from xscale_lightning.commands import train
 from xscale_lightning.commands.parser import Parser, import_methods
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, write_bytes
 
 listed = completions.get_all_subclass_paths
 
@@ -63,11 +63,7 @@ def main(argv: list[str]) -> None:
     file = Path(parser.parse_args(argv[1:]).file)
     sys.argv = [sys.argv[0]]
     text = json.dumps(fit_schema())
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
-    except OSError as error:
-        raise UserError(f"FILE {str(file)!r} cannot be written ({error.strerror}): choose another.") from error
+    with told(file, "FILE "):
+        write_bytes(file, text.encode())
     print(f"wrote {file} ({len(text) / 1e6:.1f} MB). Put this line on top of a configuration:")
     print(f"# yaml-language-server: $schema={file.absolute().as_uri()}")

@@ -19,13 +19,14 @@ from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
-from xscale_lightning.callbacks.summary import write_json
 from xscale_lightning.callbacks.verdict import format_value
 from xscale_lightning.commands.parser import load_yaml
 from xscale_lightning.commands.stage_options import check_name, insert_configs, last_given, take_apart
 from xscale_lightning.commands.stages import check, told_of
 from xscale_lightning.commands.train import claim, prepare
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, write_bytes, write_json
+from xscale_lightning.locks import held
 
 Launch = Callable[[list[str]], int]
 Variants = dict[str, dict[str, Any]]
@@ -63,7 +64,8 @@ def main(argv: list[str], launch: Launch | None = None) -> int:
         return 0
     output = Path(last_given(options, "output") or "runs")
     folder = output / claim(output, time.strftime("sweep_%Y-%m-%d_%H-%M-%S"))
-    return run(variants, options, folder, launch or in_new_process)
+    with held(folder):
+        return run(variants, options, folder, launch or in_new_process)
 
 
 def read_variants(path: str) -> Variants:
@@ -76,6 +78,8 @@ def read_variants(path: str) -> Variants:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"VARIANTS {path!r} cannot be read ({error.strerror}): give a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"VARIANTS {path!r} is no text: give a YAML file.") from error
     except yaml.YAMLError as error:
         raise UserError(f"VARIANTS {path!r} is no valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, dict) or not content:
@@ -111,9 +115,10 @@ def run(variants: Variants, options: list[str], folder: Path, launch: Launch) ->
         for number, (name, overlay) in enumerate(variants.items(), start=1):
             print(f"\nvariant {number} of {len(variants)}: {name}", flush=True)
             place = folder / name
-            place.mkdir()
             file = place / "variant.yaml"
-            file.write_text(yaml.safe_dump(overlay, sort_keys=False), encoding="utf-8")
+            with told(file):
+                place.mkdir()
+                write_bytes(file, yaml.safe_dump(overlay, sort_keys=False).encode())
             arguments = insert_configs(options, ["--config", str(file)])
             records[name]["status"] = "interrupted"  # until it returns
             code = launch(["fit", *arguments, "--output", str(place)])
@@ -159,7 +164,8 @@ def read_results(place: Path) -> dict[str, Any]:
 
 def report(records: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write `sweep.json` and `sweep.md`, each whole or not at all."""
-    write_json({"variants": records}, folder / "sweep.json")
+    with told(folder / "sweep.json"):
+        write_json({"variants": records}, folder / "sweep.json")
     names = columns(records)
     lines = [
         "# Sweep",
@@ -170,9 +176,8 @@ def report(records: dict[str, dict[str, Any]], folder: Path) -> None:
     lines += [
         "| " + " | ".join([name, record["status"], *cells(record, names)]) + " |" for name, record in records.items()
     ]
-    part = folder / "sweep.md.part"
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(folder / "sweep.md")
+    with told(folder / "sweep.md"):
+        write_bytes(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
 
 
 def columns(records: dict[str, dict[str, Any]]) -> list[str]:

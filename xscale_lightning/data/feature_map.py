@@ -1,7 +1,5 @@
 """A GeoTIFF whose pixels are patches: one band per feature, or principal components of them."""
 
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 from xscale_lightning.data.image_window import OpenImage
 from xscale_lightning.data.scene_windows import Tiling
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import whole
 
 Rows = Callable[[], Iterator[tuple[int, np.ndarray]]]
 MAX_BANDS = 65535  # of a TIFF
@@ -46,24 +45,16 @@ def write_feature_map(
     # One row per block and band: whole rows are written once, and nothing is compressed again.
     profile |= {"interleave": "band", "blockysize": 1, "tiled": False}
     profile |= {"crs": image.crs, "transform": place} if image.crs else {}
-    part = ""
     try:
-        handle, part = tempfile.mkstemp(suffix=".part.tif", dir=path.absolute().parent)
-        os.close(handle)
-        with warnings.catch_warnings():
+        with whole(path, ".part.tif") as part, warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(part, "w", **profile) as file:
                 for first, values in rows():
                     values = values if components is None else components.project(values)
                     file.write(values, window=Window(0, first, width, values.shape[1]))  # type: ignore[arg-type]
                 file.descriptions = tuple(names)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
     except (OSError, RasterioError) as error:
         raise UserError(f"--map '{path}' cannot be written ({error}); choose another.") from error
-    finally:
-        if part:
-            Path(part).unlink(missing_ok=True)
 
 
 class Components:

@@ -1,8 +1,6 @@
 """Tables of embeddings: Parquet with one fixed-size list per row, and GeoParquet where footprints are known."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, whole
 
 GEO_VERSION = "1.1.0"  # of the GeoParquet specification
 Corners = Sequence[tuple[float, float]]
@@ -68,17 +67,8 @@ def write_parquet(
         arrays["geometry"] = pa.array(footprints, pa.binary())
         extra[b"geo"] = json.dumps(_geo(footprints, crs)).encode()
     table = pa.table(arrays).replace_schema_metadata(extra)
-    try:
-        handle, part = tempfile.mkstemp(suffix=".part", dir=path.absolute().parent)
-        os.close(handle)
-        try:
-            pq.write_table(table, part, compression="zstd")
-            os.chmod(part, 0o644)
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({error.strerror or error}); choose another.") from error
+    with told(path), whole(path) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _geo(footprints: Sequence[bytes], crs: str | None) -> dict[str, Any]:

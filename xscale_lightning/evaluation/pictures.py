@@ -6,7 +6,6 @@ so that a reconstruction that is too dark looks too dark.
 
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import write_bytes
 
 if TYPE_CHECKING:
     from xscale_lightning.data.bands import Bands
@@ -123,13 +123,4 @@ def save_png(picture: np.ndarray, path: str | os.PathLike[str]) -> Path:
     """Write `[height, width, 3]` uint8 as a PNG, whole or not at all; folders are made. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".png.part", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(picture).save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    return write_bytes(target, png_bytes(picture))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.resizing import Tables, fit_tables
+from xscale_lightning.opening import load_torch
 
 State = dict[str, Tensor]
 Rule = tuple[str, str]  # pattern of a whole name, replacement
@@ -25,14 +26,7 @@ def open_published(path: str | Path) -> State:
     Raises:
         UserError: no such file, damaged, with content that could run code, or without weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # holds plain values only
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged files and unsafe content
-        raise UserError(f"checkpoint {str(path)!r} is not opened: {str(error).splitlines()[0]}") from error
+    content = load_torch(path, also=(argparse.Namespace,))  # holds plain values only
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -48,7 +42,7 @@ def open_published(path: str | Path) -> State:
         }
     if not state:
         raise UserError(f"checkpoint {str(path)!r} holds no weights.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 def rename(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> tuple[State, list[str]]:

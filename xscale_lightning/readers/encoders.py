@@ -5,8 +5,6 @@ from math import isqrt
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from xscale_lightning.data.bands import generic
@@ -15,6 +13,7 @@ from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.vit import Encoder, ViT
+from xscale_lightning.opening import load_safetensors
 from xscale_lightning.readers import cross_scale_mae, ijepa, latent_mim, spectralgpt
 from xscale_lightning.readers.common import State, block_count, open_published
 
@@ -46,20 +45,37 @@ def read_foreign(path: Path, reader: str | None, chans: int | None) -> tuple[Enc
         raise UserError(f"reader {reader!r} is unknown; choose from {', '.join(SIGNS)}.")
     state = _open(path)
     kind = reader or next((name for name, sign in SIGNS.items() if sign in state), "timm")
+    problem = ""
+    try:
+        return _read(state, kind, str(path), chans)
+    except UserError:
+        raise
+    except Exception as error:  # shapes that the reader does not expect
+        problem = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    raise UserError(f"init_from '{path}' has tensors of shapes that no encoder of {kind} has: {problem}.")
+
+
+def _read(state: State, kind: str, path: str, chans: int | None) -> tuple[Encoder, BackboneConfig, list[str]]:
     if kind == "timm":
-        return read_timm(state, str(path))
-    module: SSLModule
-    if kind == "ijepa":
-        module = ijepa.build_published(state)
-    elif kind == "latent_mim":
-        module, _ = latent_mim.build_published(state, bands=generic(chans or 3), strict=False)
-    elif kind == "spectralgpt":
-        module, _ = spectralgpt.build_published(state)
-    else:
-        module = cross_scale_mae.build_published(state)
+        return read_timm(state, path)
+    with torch.device("meta"):  # a module without memory: how large would it be?
+        wanted = sum(tensor.numel() for tensor in _published(state, kind, chans).state_dict().values())
+    if wanted > 4 * sum(tensor.numel() for tensor in state.values()):
+        raise UserError(f"init_from {path!r} has not the tensors of as many blocks as it names.")
+    module = _published(state, kind, chans)
     encoder: Encoder = module.feature_encoder
     rest = len(module.state_dict()) - len(encoder.state_dict())
     return encoder, module.backbone_config, [f"{rest} tensors of {type(module).__name__} beside its encoder"]
+
+
+def _published(state: State, kind: str, chans: int | None) -> SSLModule:
+    if kind == "ijepa":
+        return ijepa.build_published(state)
+    if kind == "latent_mim":
+        return latent_mim.build_published(state, bands=generic(chans or 3), strict=False)[0]
+    if kind == "spectralgpt":
+        return spectralgpt.build_published(state)[0]
+    return cross_scale_mae.build_published(state)
 
 
 def read_timm(state: Mapping[str, Tensor], source: str) -> tuple[Encoder, BackboneConfig, list[str]]:
@@ -94,6 +110,10 @@ def read_timm(state: Mapping[str, Tensor], source: str) -> tuple[Encoder, Backbo
         state.pop("pos_embed", None)
     elif table is not None and prefix and table.shape[1] == side * side:  # the class token has no position
         state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+    with torch.device("meta"):  # an encoder without memory: how large would it be?
+        wanted = sum(tensor.numel() for tensor in config.build(chans).state_dict().values())
+    if wanted > 2 * sum(tensor.numel() for tensor in state.values()):
+        raise UserError(f"init_from {source!r} has not the tensors of {config.depth} blocks of width {dim}.")
     encoder = config.build(chans).to(state[_FILTERS].dtype)
     assert isinstance(encoder, ViT)
     try:
@@ -112,10 +132,7 @@ def read_timm(state: Mapping[str, Tensor], source: str) -> tuple[Encoder, Backbo
 def _open(path: Path) -> State:
     if path.suffix != ".safetensors":
         return open_published(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"init_from '{path}' cannot be read: {str(error).splitlines()[0]}") from error
+    return load_safetensors(path, f"init_from '{path}'")
 
 
 def _encoder_part(state: Mapping[str, Tensor], source: str) -> tuple[State, list[str]]:

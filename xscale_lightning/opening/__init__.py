@@ -1,0 +1,11 @@
+"""Files that may come from strangers are opened here: nothing in them is run, and their claims are checked first.
+
+What a file says of itself (sizes, shapes, depths, counts) is compared with the bytes that are there before memory is
+asked for. Every refusal is a `UserError` of one or two lines.
+"""
+
+from xscale_lightning.opening.archive import load_torch
+from xscale_lightning.opening.tensors import load_safetensors
+from xscale_lightning.opening.text import check_yaml, read_json, read_yaml, within
+
+__all__ = ["check_yaml", "load_safetensors", "load_torch", "read_json", "read_yaml", "within"]
