@@ -12,6 +12,7 @@ from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from xscale_lightning.commands.bounds import bounded
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.data.views import Views
@@ -19,6 +20,7 @@ from xscale_lightning.errors import UserError, find_user_error
 from xscale_lightning.methods.base import SSLModule
 from xscale_lightning.methods.discovery import class_path, load_method_class, method_entries
 from xscale_lightning.models.registry import BackboneConfig
+from xscale_lightning.opening import check_yaml
 from xscale_lightning.optim import OptimizerConfig
 
 BASES: dict[str, type] = {"model": SSLModule, "data": XScaleDataModule}
@@ -32,6 +34,7 @@ CONFIGS: dict[str, type] = {
 
 def load_yaml(text: str) -> Any:
     """YAML in which `model: NAME` or `model: {class_path: NAME}` may give a method by its announced name."""
+    check_yaml(text)
     value = yaml_load(text)
     if isinstance(value, dict) and "model" in value:
         model = value["model"]
@@ -72,6 +75,12 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """`--trainer.max_epoch` must be an error, not a guess."""
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def instantiate(self, namespace: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the base, in bounded time and memory (`bounds`)."""
+        chosen = namespace.get("subcommand")
+        with bounded(namespace[chosen] if chosen else namespace):
+            return super().instantiate(namespace, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the user's error inside `ex`, or the parser's message made short, as a `UserError`."""
