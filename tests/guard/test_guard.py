@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from xscale_lightning import cli
 from xscale_lightning.callbacks.guard import FiniteGuard
 from xscale_lightning.callbacks.probe import Measurement
 from xscale_lightning.callbacks.replay import read_record, replay
@@ -157,11 +158,11 @@ def test_a_run_without_any_update_is_no_success(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_batch_is_told_saved_and_replayed(tmp_path, caplog):
+def test_the_batch_is_told_saved_and_replayed(tmp_path, caplog, capsys):
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path, name="run", version="0")
-    _, module = train(tmp_path, "mae", Poison([1, 3]), FiniteGuard(keep=1), logger=logger, log_every_n_steps=1)
+    trainer, module = train(tmp_path, "mae", Poison([1, 3]), FiniteGuard(keep=1), logger=logger, log_every_n_steps=1)
     files = sorted((tmp_path / "run" / "0" / "guard").iterdir())
     assert [f.name for f in files] == ["step_0000003.pt"]  # the newest stays
     assert "Skipped the update of step 1 (epoch 0, batch 1): the loss is nan." in caplog.text
@@ -169,6 +170,10 @@ def test_the_batch_is_told_saved_and_replayed(tmp_path, caplog):
     assert record["total_batch_idx"] == 3 and record["batch"]["image"].shape == (4, 13, 32, 32)
     result = replay(module, record)  # the poison is gone with the Trainer's own step count
     assert math.isnan(record["loss"]) and result.layer is None
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert cli.main(["doctor", "--replay", str(files[0]), "--ckpt_path", str(tmp_path / "after.ckpt")]) == 0
+    assert "this step is finite with these weights" in capsys.readouterr().out
+    assert cli.main(["doctor", "--replay", str(files[0])]) == 2  # without weights
     logged = tmp_path / "run" / "0" / "metrics.csv"
     logger.save()
     assert "guard/skipped" in logged.read_text()

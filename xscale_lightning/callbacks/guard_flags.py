@@ -46,7 +46,8 @@ class Flags:
             self.event.synchronize()
         numbers = self.host.tolist()
         k = len(self.micros)
-        return Outcome(*(bool(number) for number in numbers[:3]), numbers[3 : 3 + k], numbers[3 + k :])
+        skipped, counted, bad_loss = (bool(number) for number in numbers[:3])
+        return Outcome(skipped, counted, bad_loss, numbers[3 : 3 + k], numbers[3 + k :])
 
 
 @dataclass
@@ -70,7 +71,7 @@ def local_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad
-            gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # a DTensor
+            gradient = getattr(gradient, "to_local", lambda g=gradient: g)()  # of a DTensor this process's part
             if gradient.numel():
                 names.append(name)
                 gradients.append(gradient)

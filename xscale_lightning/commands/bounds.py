@@ -1,8 +1,10 @@
 """A configuration is made in bounded time and memory: a network that no machine can hold is refused at once."""
 
 import contextlib
+import inspect
 import math
 import os
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +49,33 @@ def told(config: Any) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in unusual(parts)[:_SHOWN])
 
 
+def made_with(error: BaseException) -> str:
+    """What the part of ours that could not be made was given, other than its defaults: `MAE.decoder_heads 0`; or ""."""
+    trace = error.__traceback__
+    found: list[str] = []
+    while trace is not None:
+        frame = trace.tb_frame
+        owner = type(frame.f_locals.get("self"))
+        ours = owner.__module__.startswith("xscale_lightning.") and frame.f_code.co_name in (
+            "__init__",
+            "__post_init__",
+        )
+        if ours and owner.__name__ not in ("Parser", "CLI", "StageCLI"):
+            found += [text for text in _given(owner, frame) if text not in found]
+        trace = trace.tb_next
+    return ", ".join(found[-2 * _SHOWN :])
+
+
+def _given(owner: type, frame: types.FrameType) -> list[str]:
+    """Arguments of a constructor that are not its defaults, in a few words each."""
+    given = []
+    for name, parameter in inspect.signature(owner).parameters.items():
+        value = frame.f_locals.get(name, getattr(frame.f_locals["self"], name, parameter.default))
+        if isinstance(value, (int, float, str, list, tuple, type(None))) and value != parameter.default:
+            given.append(f"{owner.__name__}.{name} {str(value)[:40]}")
+    return given
+
+
 @contextlib.contextmanager
 def bounded(config: Any) -> Iterator[None]:
     """Make the parts of a configuration: stop at too many layers or parameters, and name what was unusual.
@@ -78,12 +107,15 @@ def bounded(config: Any) -> Iterator[None]:
     ]
     try:
         yield
-    except (ArithmeticError, ValueError, RuntimeError, MemoryError, TypeError, RecursionError, IndexError) as error:
-        names = told(config)
+    except (ArithmeticError, ValueError, RuntimeError, MemoryError, TypeError, RecursionError, LookupError) as error:
+        names = told(config) or made_with(error)
         if find_user_error(error) is not None or not names:
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
-        raise UserError(f"the configuration cannot be used: {names} ({type(error).__name__}: {reason}).") from error
+        raise UserError(
+            f"the configuration cannot be used: {names} ({type(error).__name__}: {reason}).\n"
+            "--debug shows the traceback, to report it if these values are meant so."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -171,8 +171,9 @@ class ChangeData(XScaleDataModule):
         if chosen is None:
             owners: dict[str, Split | None] = dict.fromkeys(found)
         else:
-            named = [(name, split) for split in SPLITS for name in getattr(chosen, split) if name not in self.left_out]
-            owners, total = dict(named), len(named)
+            chosen_names = [name for split in SPLITS for name in getattr(chosen, split) if name not in self.left_out]
+            owners = {name: split for split in SPLITS for name in getattr(chosen, split) if name in chosen_names}
+            total = len(chosen_names)
             for name in owners:
                 if name not in found:
                     raise UserError(f"data.split: there is no scene {name!r}; there are {', '.join(found)}.")

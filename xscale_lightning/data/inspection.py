@@ -101,7 +101,7 @@ def _cannot_be_opened(path: str) -> tuple[Kind, str] | None:
 
 
 def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None:
-    import rasterio
+    from rasterio.enums import MaskFlags
     from rasterio.errors import RasterioError
     from rasterio.io import MemoryFile
 
@@ -119,7 +119,7 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None
         finding.crs = source.crs.to_string() if source.crs else None
         finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
         totals = Totals()
-        masked = any(rasterio.enums.MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
+        masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
         try:
             for window in _strips(source):
                 pixels = source.read(window=window)
