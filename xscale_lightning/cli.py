@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from xscale_lightning import __version__
-from xscale_lightning.errors import describe, is_users
+from xscale_lightning.errors import Stopped, describe, is_users
 
 # verb -> (module with `main(argv) -> int | None`, one line of help)
 COMMANDS = {
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(COMMANDS[verb][0]).main([verb, *rest]) or 0
+    except Stopped as stopped:
+        print(f"xscale: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print("xscale: interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this", and how any exception is told to a user."""
 
+import errno
 import re
 
 
@@ -9,6 +10,19 @@ class UserError(ValueError):
     The message is one or two lines that name the argument, its value and the remedy. The command line prints it
     without a traceback (``--debug`` brings the traceback back) and exits with a non-zero code.
     """
+
+
+class Stopped(BaseException):
+    """A run was asked to stop and has done so in good order; the message says how to go on.
+
+    Attributes:
+        code: exit code of the command.
+        requeue: whether the scheduler is to queue the job again.
+    """
+
+    def __init__(self, message: str, code: int, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.requeue = code, requeue
 
 
 def find_user_error(error: BaseException) -> UserError | None:
@@ -46,6 +60,8 @@ def describe(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(no message)"]
     if type(error).__name__ == "MisconfigurationException":
         return f"{lines[0]} Change the trainer options; `xscale doctor` shows the devices."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: {error.filename or 'the disk is full'}; make room and run it again."
     if type(error).__module__.startswith("yaml"):
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""

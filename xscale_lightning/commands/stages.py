@@ -9,34 +9,42 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from xscale_lightning import checkpoints
+from xscale_lightning import checkpoints, unwritten
+from xscale_lightning.callbacks.event_log import RunLogger
 from xscale_lightning.callbacks.probe import is_sharded
 from xscale_lightning.commands.carry import CarryMoments, EndState, carry_weights, check_architecture, moments_by_name
+from xscale_lightning.commands.folders import logger_of
+from xscale_lightning.commands.optional_args import settle_optional_args
+from xscale_lightning.commands.resume import LAST, Found, find, first_stage, is_finished
 from xscale_lightning.commands.run_folder import RunFolder
 from xscale_lightning.commands.stage_options import ONE_FOR_ALL, StagedCommand, last_given, take_apart
 from xscale_lightning.commands.train import CLI, build, prepare
-from xscale_lightning.errors import UserError, describe, is_users
+from xscale_lightning.errors import Stopped, UserError, describe, is_users
 from xscale_lightning.methods.base import SSLModule
 
 Result = TypeVar("Result")
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
-def main(argv: list[str]) -> None:
-    """Run one of the four verbs."""
+def main(argv: list[str]) -> int:
+    """Run one of the four verbs; returns 1 if a file that belongs to the run could not be written."""
+    unwritten.forget()
     args, before = prepare(argv), sys.argv
     sys.argv = [sys.argv[0], *args]  # Lightning starts its DDP processes from sys.argv: they go through all stages too
     try:
         run(take_apart(args))
+        return unwritten.tell()
+    except Stopped as stopped:
+        stopped.code = unwritten.tell() or stopped.code
+        raise
     finally:
         sys.argv = before
 
@@ -76,6 +84,14 @@ class StageCLI(CLI):
         self.run, self.index, self.end = run, index, end
         super().__init__(*args, **kwargs)
 
+    def before_instantiate_classes(self) -> None:
+        """A stage of a run that goes on has its folder, with what it has begun there and never saved."""
+        if begin := self.run.begin:
+            config = self.config[self.config.subcommand]
+            self.begin, config.ckpt_path = begin if config.ckpt_path else None, None
+            self.save_config_kwargs = {"overwrite": begin.stay}
+        super().before_instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Take over from the stage before, besides all checks of a run."""
         command = self.run.command
@@ -106,12 +122,19 @@ class StageCLI(CLI):
         moments = "AdamW's moments carried over" if stage.optimizer == "carry" else "a fresh optimizer"
         return f"{label}: weights of stage {self.index}{tables}; {moments}"
 
-    def _logger(self) -> TensorBoardLogger:
+    def _resumed(self) -> Path | None:
+        begin = self.run.begin
+        return begin.run if begin and begin.stay else None
+
+    def _logger(self) -> RunLogger:
         output = Path(self._get(self.config_init, "output"))
-        folder = self.run.folder
-        name = folder.claim(output, self.model.method_name) if rank_zero_only.rank == 0 else self.model.method_name
+        folder, begin = self.run.folder, self.run.begin
         version = f"stage_{self.index + 1}_{self.run.command.stages[self.index].name}"
-        return TensorBoardLogger(str(output), name=name, version=version, default_hp_metric=False)
+        if begin and begin.stay:
+            folder.hold()
+            return logger_of(begin.run / version, begin.step if self.begin else -1)
+        name = folder.claim(output, self.model.method_name) if rank_zero_only.rank == 0 else self.model.method_name
+        return RunLogger(str(output), name=name, version=version, default_hp_metric=False)
 
 
 class StagedRun:
@@ -124,13 +147,17 @@ class StagedRun:
     def __init__(self, command: StagedCommand) -> None:
         self.command = command
         self.folder = RunFolder()
+        self.begin: Found | None = None  # the run that `--ckpt_path last` goes on with
 
     def run(self) -> None:
         """Check every stage, then train one after the other.
 
         Raises:
             UserError: with the stage it is about; before the first step wherever that is possible.
+            Stopped: with code 0: `--ckpt_path last` is of a run that is finished.
         """
+        if last_given(self.command.common, "ckpt_path") == LAST:
+            self._find_last()
         start, path = first_stage(self.command, default=0)
         start, end = self.check(start, path)
         try:
@@ -138,6 +165,21 @@ class StagedRun:
                 end = self._train(index, end, resume=path is not None and index == start and end is None)
         finally:
             self.folder.remove_if_unused()
+
+    def _find_last(self) -> None:
+        """Find the run to go on with, and put the file of its checkpoint, or null, into the command."""
+        fresh = replace(self.command, common=[*self.command.common, "--ckpt_path=null"])
+        with quiet():
+            first = told_of(fresh.label(0), lambda: build(CLI, arguments=fresh.arguments(0), check_only=True))
+        configs = [
+            self._config(first, first.parser.parse_args(settle_optional_args(fresh.arguments(index))))
+            for index in range(len(fresh.stages))
+        ]
+        self.begin = find(self._staged_config(configs), self.command.common)
+        given = "null" if self.begin is None else str(self.begin.checkpoint)
+        self.command = replace(self.command, common=[*self.command.common, f"--ckpt_path={given}"])
+        if self.begin and self.begin.stay:
+            self.folder.take(self.begin.run)
 
     def check(self, start: int, path: str | None) -> tuple[int, EndState | None]:
         """Make every stage as for a run, and throw it away. Returns the stage to begin with, and from where."""
@@ -250,42 +292,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def first_stage(command: StagedCommand, default: int) -> tuple[int, str | None]:
-    """`(index of the stage of --ckpt_path, its path)`; `(default, None)` without a checkpoint.
-
-    Outside of `fit` a checkpoint of a run without stages takes the default, too.
-
-    Raises:
-        UserError: the checkpoint cannot be read, or is of a stage that there is not.
-    """
-    path = last_given(command.common, "ckpt_path")
-    if path is None:
-        return default, None
-    known = ", ".join(f"{number} {stage.name!r}" for number, stage in enumerate(command.stages, start=1))
-    if path in ("best", "last", "hpc", "registry"):
-        if command.verb != "fit":
-            return default, None
-        raise UserError(f"--ckpt_path {path!r} names no stage: give the file of a checkpoint.")
-    _, saved = checkpoints.read_metadata(path)
-    stage = saved.get("stage")
-    if stage is None:
-        if command.verb != "fit":
-            return default, path
-        raise UserError(f"--ckpt_path {path!r} is of a run without stages; the configuration has stages {known}.")
-    index = stage["number"] - 1
-    if not (0 <= index < len(command.stages) and command.stages[index].name == stage["name"]):
-        raise UserError(
-            f"--ckpt_path {path!r} is of stage {stage['number']} {stage['name']!r}; the configuration has stages "
-            f"{known}: give the stages of that run."
-        )
-    return index, path
-
-
-def is_finished(checkpoint: dict[str, Any], trainer: Trainer) -> bool:
-    """Whether the run of a checkpoint had reached the length that `trainer` has."""
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    if trainer.max_steps != -1 and checkpoint["global_step"] >= trainer.max_steps:
-        return True
-    return trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs  # type: ignore[operator]

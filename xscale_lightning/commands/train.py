@@ -2,17 +2,17 @@
 
 import logging
 import os
-import tempfile
+import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import xscale_lightning.data.change
@@ -31,6 +31,7 @@ from xscale_lightning import checkpoints
 from xscale_lightning.callbacks import (
     AffinityPictures,
     FeatureGeometry,
+    FiniteGuard,
     LinearProbe,
     OnlineDenseProbe,
     OnlineKNN,
@@ -41,16 +42,26 @@ from xscale_lightning.callbacks import (
     Throughput,
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
+from xscale_lightning.callbacks.event_log import RunLogger
+from xscale_lightning.callbacks.preemption import Preemption, queue_again
+from xscale_lightning.callbacks.run_checkpoint import RunCheckpoint
+from xscale_lightning.callbacks.trace import Trace
+from xscale_lightning.commands.bounds import check_batch
+from xscale_lightning.commands.folders import check_writable, claim, logger_of
 from xscale_lightning.commands.optional_args import settle_optional_args
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
+from xscale_lightning.commands.resume import LAST, Found, SavedConfig, find
 from xscale_lightning.commands.stage_options import Stage
+from xscale_lightning.commands.writing import writing
 from xscale_lightning.data.datamodule import XScaleDataModule
-from xscale_lightning.errors import UserError
+from xscale_lightning.errors import Stopped, UserError
 from xscale_lightning.methods.base import SSLModule
 
 # Key of the configuration -> callback class; every run has them, each configurable under its key.
 CALLBACKS = {
-    "checkpoint": ModelCheckpoint,
+    "preemption": Preemption,  # the first: it takes over the signals before anything is measured
+    "checkpoint": RunCheckpoint,
+    "guard": FiniteGuard,
     "alignment": PairAlignment,
     "knn": OnlineKNN,
     "linear": LinearProbe,
@@ -62,6 +73,7 @@ CALLBACKS = {
     "embeddings": EmbeddingWriter,
     "summary": RunSummary,
     "progress": ProgressBar,
+    "trace": Trace,
 }
 
 
@@ -72,6 +84,8 @@ class CLI(LightningCLI):
         arguments: the command line, verb first; that of the process when None.
         check_only: make and check everything, and stop before anything is written or run.
     """
+
+    begin: Found | None = None  # the run that `--ckpt_path last` goes on with
 
     def __init__(self, *args: Any, arguments: list[str] | None = None, check_only: bool = False, **kwargs: Any) -> None:
         self.arguments, self.check_only = arguments, check_only
@@ -116,13 +130,24 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse an output folder that cannot be written, before data is opened."""
         check_writable(Path(self._get(self.config, "output")))
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path == LAST:
+            config.ckpt_path = None  # in the run's own configuration, too
+            plain = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+            self.begin = find(plain, self.arguments or sys.argv[1:], fitting=self.config.subcommand == "fit")
+            self.save_config_kwargs = {"overwrite": self.begin is not None and self.begin.stay}
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The file that `ckpt_path` means."""
+        return str(self.begin.checkpoint) if self.begin else self._get(self.config, "ckpt_path")
 
     def instantiate_classes(self) -> None:
         """As the base; a task whose weights come from `ckpt_path` is built like that checkpoint's encoder.
 
         The weights its run started from are then not needed, and may be gone; the configuration keeps their name.
         """
-        arguments, path = self._get(self.config, "model").get("init_args"), self._get(self.config, "ckpt_path")
+        arguments, path = self._get(self.config, "model").get("init_args"), self.checkpoint
         given = arguments.get("init_from") if arguments else None
         if given is None or path is None or not Path(path).is_file() or not self._fine_tuned(path):
             return super().instantiate_classes()
@@ -146,11 +171,7 @@ class CLI(LightningCLI):
         if config.get("enable_progress_bar") is False:
             self._parser(self.subcommand).callback_keys.remove("progress")
         left_out: set[str] = set(getattr(self.model, "without_callbacks", ()))
-        if (
-            self.subcommand != "fit"
-            and self.model._start[0] is not None
-            and not self._get(self.config_init, "ckpt_path")
-        ):
+        if self.subcommand != "fit" and self.model._start[0] is not None and not self.checkpoint:
             left_out.add("pictures")  # `init_from` gives an encoder: the decoder beside it knows nothing
         for key in left_out:
             self._parser(self.subcommand).callback_keys.remove(key)
@@ -160,9 +181,10 @@ class CLI(LightningCLI):
         """Refuse data or a checkpoint that the model cannot take, before anything is written."""
         if not self.datamodule.downloads:
             self.datamodule.setup(self.subcommand)  # Lightning makes the run folder before it opens the data
+            check_batch(self.datamodule)
         self.model.check_data(self.datamodule, fitting=self.subcommand == "fit")
-        path = self._get(self.config_init, "ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry"):
+        path = self.checkpoint
+        if path and path not in ("best", "hpc", "registry"):
             checkpoints.check_resume(path, self.model)
         elif not path:
             start = self.model._start[0] or getattr(self.model, "init_from", None)
@@ -196,52 +218,41 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Open checkpoints without running code, unless the user says otherwise."""
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs = {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.checkpoint}
         if kwargs.get("weights_only", True) is None:
             kwargs["weights_only"] = True
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if not self.check_only:
-            super()._run_subcommand(subcommand)
+        if self.check_only:
+            return
+        try:
+            with writing(self.trainer, self._resumed(), self.checkpoint):
+                super()._run_subcommand(subcommand)
+        except SystemExit:  # Lightning's way to leave after Ctrl-C
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        except Stopped as stopped:
+            if stopped.requeue:
+                queue_again()
+            raise
 
-    def _logger(self) -> TensorBoardLogger:
+    def _resumed(self) -> Path | None:
+        """Folder of the run that goes on in it."""
+        return self.begin.run if self.begin and self.begin.stay and self.subcommand == "fit" else None
+
+    def _logger(self) -> RunLogger:
+        if self.begin and self._resumed():
+            return logger_of(self.begin.run, self.begin.step)
         parent = Path(self._get(self.config_init, "output"))
         method = self.model.method_name
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S") + ("" if self.subcommand == "fit" else f"_{self.subcommand}")
         version = claim(parent / method, stamp) if rank_zero_only.rank == 0 else stamp
-        return TensorBoardLogger(str(parent), name=method, version=version, default_hp_metric=False)
+        return RunLogger(str(parent), name=method, version=version, default_hp_metric=False)
 
 
 AnyCLI = TypeVar("AnyCLI", bound=CLI)
-
-
-def claim(parent: Path, name: str) -> str:
-    """Make the folder `parent/name`, or `name_2`, `name_3` ... where another run has it; returns the name."""
-    version, count = name, 1
-    while True:
-        try:
-            (parent / version).mkdir(parents=True)
-            return version
-        except FileExistsError:
-            count += 1
-            version = f"{name}_{count}"
-
-
-def check_writable(folder: Path) -> None:
-    """Try to write below `folder` without leaving anything behind.
-
-    Raises:
-        UserError: it cannot be written, or a part of the path is a file.
-    """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {str(folder)!r} cannot be written ({error.strerror}): choose another.") from error
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -265,6 +276,7 @@ def build(cls: type[AnyCLI], **options: Any) -> AnyCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        save_config_callback=SavedConfig,
         parser_class=Parser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.damage import DamageLog
+from xscale_lightning.data.samplers import begin_worker, make_resumable
 from xscale_lightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
@@ -88,23 +89,6 @@ def _gather(key: str, values: list[Any]) -> Tensor | list[str] | None:
     if hasattr(first, "__array__"):
         return _gather(key, [torch.as_tensor(value) for value in values])
     return None
-
-
-def replicas_and_rank() -> tuple[int, int]:
-    """Number of training processes and which one this is, from torch.distributed where it runs."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
-
-
-class ShuffledSampler(DistributedSampler[Any]):
-    """Order of the samples as a function of (seed, epoch) alone, so a resumed run goes on with the order it had."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        """Take the run's seed from `seed_everything`; Lightning calls `set_epoch`."""
-        replicas, rank = replicas_and_rank()
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) % 2**31
-        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
 
 
 class XScaleDataModule(LightningDataModule):
@@ -231,12 +215,12 @@ class XScaleDataModule(LightningDataModule):
         """Loader with what all loaders share; `options` (shuffle, drop_last, sampler ...) go to `DataLoader`."""
         if "batch_sampler" not in options:
             options["batch_size"] = self.batch_size
-        if options.pop("shuffle", False):
-            options["sampler"] = ShuffledSampler(dataset)
+        dataset = make_resumable(dataset, options)
         return DataLoader(
             dataset,
             **options,
             num_workers=self.num_workers,
+            worker_init_fn=begin_worker,
             collate_fn=Collate(self.gsd),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -5,27 +5,23 @@ normalise -> (views) -> encode -> pool, the optimizer and all schedules, target 
 checkpoint metadata. Probes and pictures are callbacks; they never touch the loss or the step count.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from xscale_lightning import checkpoints
 from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.data.views import Views
 from xscale_lightning.ema import EMA
 from xscale_lightning.errors import UserError
-from xscale_lightning.methods.checks import check_statistics
+from xscale_lightning.methods.checked import CheckedModule
 from xscale_lightning.methods.measure import count_flops, evaluation
 from xscale_lightning.methods.output import Reconstruction, StepOutput
-from xscale_lightning.methods.scheduled import ScheduledModule
-from xscale_lightning.models.attention import Backend, available_backends, set_backend, xformers_status
+from xscale_lightning.methods.position import go_on
+from xscale_lightning.models.attention import Backend, set_backend
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.models.tokenizers import check_divides
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
 
@@ -34,7 +30,7 @@ __all__ = ["Reconstruction", "SSLModule", "StepOutput"]
 Batch = dict[str, Any]
 
 
-class SSLModule(ScheduledModule):
+class SSLModule(CheckedModule):
     """Base of all methods.
 
     Args:
@@ -160,14 +156,6 @@ class SSLModule(ScheduledModule):
         offset, scale = self.scaling(raw)
         return images * scale + offset
 
-    def check_first_batch(self, images: Tensor, raw: Tensor) -> None:
-        """Refuse a first batch that the band record's statistics cannot belong to; `images` are the normalised `raw`.
-
-        Raises:
-            UserError: as `check_statistics`.
-        """
-        check_statistics(images, raw, self.bands)
-
     def encode(self, batch: Batch) -> Tokens:
         """Tokens of a raw batch, nothing masked."""
         prepared = self.prepare(batch)
@@ -221,66 +209,9 @@ class SSLModule(ScheduledModule):
             rank_zero_info(f"encoder from {source}: {start_from(self, source, adapt_bands, frozen)}")
             self._start = (None, False)
 
-    def check_data(self, data: Any, fitting: bool) -> None:
-        """Refuse a data module whose bands or image size the model cannot take.
-
-        While fitting both sizes count: that of the views, and the data's own, which validation, pictures and kNN see.
-
-        Raises:
-            UserError: naming the bands that differ, or the sizes that would do.
-        """
-        difference = self.bands.difference(data.bands) if hasattr(data, "bands") else ""
-        if difference:
-            raise UserError(f"the model's bands are not the data's: {difference}. Give both the same data.bands.")
-        own = _height_width(getattr(data, "image_size", None))
-        wanted = self.views.size if fitting else None
-        height, width = _height_width(wanted or own)
-        if height and width:
-            self.check_size(height, width)
-            self.num_tokens = math.prod(self.token_grid(height, width)) + self.backbone.num_prefix
-        if wanted and all(own) and (reason := self._refusal(*own)):
-            raise UserError(
-                f"data.image_size {own[0]} x {own[1]}, which validation, pictures and kNN see, does not do beside "
-                f"views.size {wanted}: set data.image_size to {wanted}.\n{reason}"
-            )
-
-    def _refusal(self, height: int, width: int) -> str:
-        try:
-            self.check_size(height, width)
-        except UserError as error:  # only its words: of chained errors the command line shows the first
-            return str(error)
-        return ""
-
-    def check_attention(self, device: torch.device) -> None:
-        """Refuse an attention backend that cannot run on `device`.
-
-        Raises:
-            UserError: with the reason.
-        """
-        if self.attention != "auto" and self.attention not in available_backends(device):
-            raise UserError(f"model.attention {self.attention!r} cannot run: {xformers_status()[1]}. Set it to auto.")
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """Token grid `(G, H, W)` of a training image of `height x width` pixels."""
-        return self.backbone.token_grid(height, width)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Refuse an image size in pixels; methods add their own conditions, such as a mask that leaves no token.
-
-        Raises:
-            UserError: the patch size does not divide it.
-        """
-        check_divides(self.backbone.patch_size, height, width)
-
     def on_train_start(self) -> None:
-        """Let a resumed run's loader start in the epoch of its checkpoint: it was opened before that was known."""
-        fetcher = self.trainer.fit_loop._data_fetcher
-        if self.current_epoch and fetcher is not None:
-            for loader in fetcher.combined_loader.flattened:
-                sampler = getattr(loader, "sampler", None)
-                if isinstance(sampler, DistributedSampler):
-                    sampler.set_epoch(self.current_epoch)
-            iter(fetcher)
+        """Let a resumed run's loader begin where its checkpoint was written."""
+        go_on(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One training batch; every random draw is a function of (seed, rank, number of the batch)."""
@@ -350,9 +281,3 @@ class SSLModule(ScheduledModule):
     def flops_per_image(self) -> int:
         """What `flops_per_batch` has measured, for one image; 0 where it has not been asked."""
         return self._flops[1] if self._flops else 0
-
-
-def _height_width(size: int | Sequence[int] | None) -> tuple[int, int]:
-    """Both sides of an image size; zeros where it is not known."""
-    height, width = (size, size) if isinstance(size, int) else size or (0, 0)
-    return height, width

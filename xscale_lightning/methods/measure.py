@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.models.attention import set_backend
+from xscale_lightning.seeds import mix_seed as mix_seed
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
@@ -25,16 +26,6 @@ def evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
-
-
-def mix_seed(*parts: int) -> int:
-    """A well-mixed 63-bit seed of several integers (splitmix64's finaliser, folded over them)."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part + 1)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 27
-    return state >> 1
 
 
 def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:

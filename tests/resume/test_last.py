@@ -1,0 +1,140 @@
+"""`--ckpt_path last` on the command line: which run, which file, which folder."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from xscale_lightning import cli
+from xscale_lightning.commands.resume import differs, first_difference, named_run, newest_checkpoint
+
+LAST = ("--ckpt_path", "last")
+
+
+def test_the_same_command_again_and_again_is_one_run(command, capsys):
+    """What a requeued job does: the first start begins, later ones go on, in one folder; at the end none does."""
+    assert command.fit(name="straight") == 0
+    for run in command.runs():
+        run.rename(command.folder / "straight")
+    command.killed_at(3, *LAST)
+    assert "there is no run" in capsys.readouterr().err
+    command.killed_at(7, *LAST)
+    message = capsys.readouterr().err
+    assert "going on with the run in" in message and "(step 3)" in message
+    assert command.fit(*LAST) == 0
+    assert set(command.rows()) == set(command.rows("straight")) and len(command.rows()) == 10
+    (run,) = command.runs()
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    results = json.loads((run / "results.json").read_text())
+    assert results["status"] == "finished" and results["images_seen"] == 40
+    scalars = EventAccumulator(str(run)).Reload().Scalars("train/loss")
+    assert sorted({event.step for event in scalars}) == list(range(10))
+    straight = EventAccumulator(str(command.folder / "straight")).Reload().Scalars("train/loss")
+    assert {(e.step, e.value) for e in scalars} == {(e.step, e.value) for e in straight}
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt", "step_0000010.ckpt"]
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert command.fit(*LAST) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert command.runs() == [run] and {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert command.fit(*LAST, "--trainer.max_epochs", "3") == 0
+    assert len(command.runs()) == 2 and {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_damaged_files_are_passed_over(command, capsys):
+    command.killed_at(7)
+    (run,) = command.runs()
+    files = run / "checkpoints"
+    assert newest_checkpoint(run) == files / "last.ckpt"
+    whole = (files / "last.ckpt").read_bytes()
+    (files / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert newest_checkpoint(run) == files / "step_0000005.ckpt"
+    assert "passes over a file" in (message := capsys.readouterr().err) and "last.ckpt" in message
+    assert command.fit(*LAST, name="again") == 0
+    assert [int(row[0]) for row in command.rows("again")] == [5, 6, 7, 8, 9]
+    assert newest_checkpoint(run) == files / "last.ckpt", "written anew in its place"
+    for file in files.iterdir():
+        file.write_bytes(b"")
+    assert newest_checkpoint(run) is None
+
+
+def test_a_run_that_is_named_goes_on_or_is_refused(command, capsys, monkeypatch):
+    command.killed_at(4)
+    command.killed_at(2, seed_everything=4)
+    first, second = command.runs()
+    monkeypatch.setattr(command, "output", command.folder / "elsewhere")
+    assert command.fit(*LAST, config=first / "config.yaml", name="again") == 0
+    assert [int(row[0]) for row in command.rows("again")] == list(range(4, 10))
+    assert not command.output.exists() and json.loads((first / "results.json").read_text())["status"] == "finished"
+    for file in (second / "checkpoints").iterdir():
+        file.unlink()
+    capsys.readouterr()
+    assert cli.main(["fit", "--config", str(second / "config.yaml"), *LAST]) == 2
+    message = capsys.readouterr().err
+    assert str(second / "checkpoints") in message and "Traceback" not in message
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(command, capsys):
+    command.killed_at(4)
+    command.killed_at(2, *LAST, seed_everything=4)
+    message = capsys.readouterr().err
+    assert "no run has this configuration" in message and "seed_everything is 3, not 4" in message
+    assert len(command.runs()) == 2
+    command.killed_at(6, *LAST, "--data.init_args.num_workers", "0", "--trainer.max_epochs", "3")
+    assert "(step 4)" in capsys.readouterr().err and len(command.runs()) == 2, "lengths and workers do not count"
+
+
+def test_evaluation_of_the_last_checkpoint(command, capsys):
+    command.killed_at(4)
+    (run,) = command.runs()
+    words = ["validate", "--config", str(run / "config.yaml"), "--output", str(command.folder / "evaluated"), *LAST]
+    assert cli.main([*words, "--debug"]) == 0
+    assert f"'{run}/checkpoints/last.ckpt' (step 4)" in capsys.readouterr().err
+    (results,) = (command.folder / "evaluated").rglob("results.json")
+    assert json.loads(results.read_text())["steps"] == 4
+
+
+def test_stages_go_on_inside_a_stage_and_between_two(command, capsys):
+    stages = [
+        {"name": "one", "config": {"trainer": {"max_epochs": 1}}},
+        {"name": "two", "optimizer": "carry", "config": {"data": {"init_args": {"batch_size": 5}}}},
+    ]
+    assert command.fit(name="straight", stages=stages) == 0
+    for run in command.runs():
+        run.rename(command.folder / "straight")
+    command.killed_at(3, *LAST, stages=stages)  # inside stage 1
+    command.killed_at(4, *LAST, stages=stages)
+    command.killed_at(0, *LAST, stages=stages)  # stage 1 is finished; stage 2 has begun and saved nothing
+    command.killed_at(6, *LAST, stages=stages)
+    assert command.fit(*LAST, stages=stages) == 0
+    straight, rows = command.rows("straight"), command.rows()
+    assert len(straight) == 13 and set(rows) == set(straight)
+    (run,) = command.runs()
+    for stage in ("stage_1_one", "stage_2_two"):
+        one, two = (
+            torch.load(folder / stage / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+            for folder in (run, command.folder / "straight")
+        )
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert command.fit(*LAST, stages=stages) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_differences_of_configurations():
+    one = {"model": {"class_path": "a", "init_args": {"x": 1}}, "trainer": {"max_epochs": 3}, "stages": None}
+    assert differs(one, {**one, "trainer": {"max_epochs": 9}, "new_option": 3}) is None
+    assert differs(one, {**one, "model": {"class_path": "a", "init_args": {"x": 2}}}) == ("model.init_args.x", 1, 2)
+    assert differs({**one, "stages": [{"name": "s", "config": one}]}, one) == ("stages", ["s"], [])
+    staged = {**one, "stages": [{"name": "s", "config": {"a": [1, 2]}}]}
+    assert differs(staged, {**one, "stages": [{"name": "s", "config": {"a": [1, 3]}}]}) == ("a", 2, 3)
+    assert first_difference({"a": [1]}, {"a": [1, 2]}) == ("a", [1], [1, 2])
+
+
+def test_a_configuration_that_only_has_the_name_is_no_run(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("{}")
+    assert named_run(["--config", str(tmp_path / "config.yaml")]) is None
+    os.mkdir(tmp_path / "checkpoints")
+    assert named_run(["--config", str(tmp_path / "config.yaml")]) == tmp_path

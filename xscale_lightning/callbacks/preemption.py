@@ -1,0 +1,144 @@
+"""Signals that ask a run to stop: it writes a checkpoint at the next optimizer step and ends in good order."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from xscale_lightning.callbacks.run_checkpoint import RunCheckpoint
+from xscale_lightning.errors import Stopped
+
+PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+INTERRUPTED = 130  # the shell's code of a command that Ctrl-C has ended
+
+
+class Preemption(Callback):
+    """Ends a training run on SIGTERM, SIGUSR1 and Ctrl-C, so that `--ckpt_path last` goes on exactly.
+
+    The handler only takes a note. At the next moment that a checkpoint may be of (see `RunCheckpoint`) all processes
+    agree, `last.ckpt` is written, and every process leaves. A second Ctrl-C ends the run at once. Lightning's own
+    handlers are replaced: they save between the parts of a step, and not on all processes alike.
+    """
+
+    def __init__(self, requeue: bool = True) -> None:
+        """Choose what SLURM is told.
+
+        Args:
+            requeue: after the signal that Lightning's SLURM environment knows (SIGUSR1), queue the job again.
+        """
+        super().__init__()
+        self.requeue = requeue
+        self._signal: signal.Signals | None = None
+        self._requeue_signal: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals, after Lightning and before the first measurement of a probe."""
+        self._signal = self._requeue_signal = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        environment = trainer._accelerator_connector.cluster_environment
+        user = signal.SIGUSR1
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and self.requeue:
+            user = self._requeue_signal = environment.requeue_signal or user
+        for number in (signal.SIGTERM, signal.SIGINT, user):
+            signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step, see whether any process was asked to stop."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._agree(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a validation, too, which can take long."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._agree(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between two epochs, too."""
+        self._agree(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is nothing to save: last measurements and tests end at once."""
+        if self._ours():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _leave)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening, so that Ctrl-C ends a report that takes too long."""
+        if self._ours():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _ours(self) -> bool:
+        main = threading.current_thread() is threading.main_thread()
+        return main and signal.getsignal(signal.SIGTERM) == self._note
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        if self._signal is None:
+            self._signal = signal.Signals(number)
+            again = ", or press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            # The signal can come in the middle of a print: what Python buffers must not be written to here.
+            os.write(2, f"\nxscale: {self._signal.name}: stopping after the next optimizer step{again}\n".encode())
+
+    def _agree(self, trainer: Trainer) -> None:
+        mine = self._signal
+        if trainer.world_size > 1:
+            own = torch.tensor(int(mine or 0), device=trainer.strategy.root_device)
+            highest = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
+            mine = signal.Signals(highest) if highest else None
+        if mine is None:
+            return
+        writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+        stopped = self._stopped(trainer, mine, writers)
+        if not writers:
+            raise stopped
+        if writers[-1].stopped is None:
+            writers[-1].stopped = stopped  # it comes after this callback, in the same hook or a later one
+
+    def _stopped(self, trainer: Trainer, number: signal.Signals, writers: list[RunCheckpoint]) -> Stopped:
+        code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        how = "no checkpoint is configured, so nothing of it is kept"
+        if writers:
+            folder = trainer.log_dir or os.path.dirname(str(writers[-1].dirpath))
+            how = f"to go on: xscale fit --config {os.path.join(folder, 'config.yaml')} --ckpt_path last"
+        requeue = self._requeue_signal is not None and number == self._requeue_signal
+        name = "Ctrl-C" if number == signal.SIGINT else number.name
+        first = trainer.is_global_zero  # a launcher takes another code than 0 of the others for a crash
+        return Stopped(f"stopped by {name}; {how}", code if first else 0, requeue and first)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    raise Stopped(
+        f"stopped by {name} after the end of training; its weights are in last.ckpt",
+        INTERRUPTED if number == signal.SIGINT else PREEMPTED,
+    )
+
+
+def queue_again() -> None:
+    """Ask SLURM to run this job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+    except OSError as error:
+        done = error.strerror
+    if done:
+        rank_zero_warn(f"scontrol requeue {job} failed ({done}): queue the job again by hand.")
+    else:
+        print(f"xscale: job {job} is queued again", file=sys.stderr)
