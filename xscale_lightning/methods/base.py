@@ -23,6 +23,7 @@ from xscale_lightning.methods.checks import check_statistics
 from xscale_lightning.methods.measure import count_flops, evaluation
 from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.methods.scheduled import ScheduledModule
+from xscale_lightning.methods.sharding import shard_if_asked
 from xscale_lightning.models.attention import Backend, available_backends, set_backend, xformers_status
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokenizers import check_divides
@@ -199,6 +200,10 @@ class SSLModule(ScheduledModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")
+
+    def configure_model(self) -> None:
+        """Share the parameters out among processes where the strategy asks for it (FSDP2)."""
+        shard_if_asked(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run that is resumed has its weights."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.models.attention import set_backend
@@ -41,7 +42,10 @@ def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     """Floating-point operations of `step` forward and backward on a prepared batch.
 
     Weights, gradients, buffers and random numbers stay as they are. Matrix products count, element-wise work does not.
+    Where the parameters are shared out among processes it is not counted: 0.
     """
+    if isinstance(module, FSDPModule):  # nothing may stand in for its parameters
+        return 0
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     owned = [(child, name, p) for child in module.modules() for name, p in child.named_parameters(recurse=False)]
     parameters = [p for p in module.parameters() if p.requires_grad]
