@@ -25,6 +25,7 @@ from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.methods.scheduled import ScheduledModule
 from xscale_lightning.methods.sharding import shard_if_asked
 from xscale_lightning.models.attention import Backend, available_backends, set_backend, xformers_status
+from xscale_lightning.models.blocks import set_checkpointing
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokenizers import check_divides
 from xscale_lightning.models.tokens import Tokens
@@ -47,6 +48,7 @@ class SSLModule(ScheduledModule):
         init_from: weights that the encoder starts from: a checkpoint, run or export folder, `timm:NAME`, or a published
             file. It never resumes a run: that is `--ckpt_path`.
         adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.
+        activation_checkpointing: compute every block again in the backward pass: less memory, a quarter more work.
 
     Attributes:
         backbone: the encoder.
@@ -72,6 +74,7 @@ class SSLModule(ScheduledModule):
         attention: Backend = "auto",
         init_from: str | None = None,
         adapt_bands: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.save_hyperparameters()
@@ -79,6 +82,7 @@ class SSLModule(ScheduledModule):
         self.bands = bands or generic(3)
         self.views = views
         self.attention: Backend = attention
+        self.activation_checkpointing = activation_checkpointing
         self.backbone_name, self.backbone_config = backbone.name, backbone
         self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
@@ -197,6 +201,7 @@ class SSLModule(ScheduledModule):
         """Refuse data that the model cannot take, before the first batch."""
         self.check_attention(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
+        set_checkpointing(self, self.activation_checkpointing)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.models.attention import set_backend
+from xscale_lightning.models.blocks import set_checkpointing
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
@@ -51,6 +52,7 @@ def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     parameters = [p for p in module.parameters() if p.requires_grad]
     devices = [module.device] if module.device.type == "cuda" else []
     set_backend(module, "math")  # its matrix products are all counted
+    set_checkpointing(module, False)  # computing again is no work of the model
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
             # Views stand in for the parameters: the counter's hooks refuse a module that returns a parameter as it is,
@@ -64,6 +66,7 @@ def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
         for child, name, p in owned:
             child._parameters[name] = p
         set_backend(module, module.attention)
+        set_checkpointing(module, module.activation_checkpointing)
         for buffer, value in buffers:
             buffer.copy_(value)
     return counter.get_total_flops()
