@@ -122,8 +122,8 @@ class SpatialAffinity(HostedMethod):
         adapt_bands: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
-        start = (init_from, adapt_bands, activation_checkpointing)
-        super().__init__(host, host_args, bands, backbone, optimizer, views, attention, *start)
+        rest = (init_from, adapt_bands, activation_checkpointing)
+        super().__init__(host, host_args, bands, backbone, optimizer, views, attention, *rest)
         if ratio < 1:
             raise UserError(f"ratio must be a whole number of HR pixels per MR pixel, at least 1, got {ratio}.")
         if weight < 0 or not 0 <= start <= 1 or not 0 <= warmup <= 1:
