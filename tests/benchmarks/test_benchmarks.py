@@ -141,6 +141,8 @@ def test_the_report_says_which_aims_are_reached(load):
     text = "\n".join(report.train_step({"sizes": {"base4": {"mae": entry}}}))
     assert "| `mae` | ours bfloat16 | 2.00 |" in text and "100" in text
     assert "mae (base4, 0.90)" in text  # slower than the reference in float32: said
+    text = "\n".join(report.train_step({"sizes": {"vit_base": {"s2mae": entry}}}))
+    assert "s2mae (vit_base) 1.20 of 5, not reached" in text and "reached by s2mae (vit_base, 50%)" in text
 
 
 def test_precision_trains_both_and_draws_them(load, tmp_path, capsys):
