@@ -50,8 +50,12 @@ def step(module, batch, start):
     for student, target in module._targets:
         target.update(student, 0.9)
     after = {n: whole(p.detach()) for n, p in module.named_parameters()}
-    features = module.features(batch)
-    return {"loss": loss.detach(), "norm": norm, "gradients": gradients, "after": after, "features": features}
+    with _PerSampleNoise(start):
+        output = module.evaluate(batch, 0)
+    # Pictures are made of what `evaluate` hands back, after it is over.
+    restored = output.reconstruction().prediction if output.reconstruction else batch["image"].double()
+    found = {"loss": loss.detach(), "norm": norm, "gradients": gradients, "after": after, "restored": restored}
+    return {**found, "features": module.features(batch)}
 
 def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
@@ -73,7 +77,8 @@ def work(rank, folder):
         dist.all_reduce(loss)
         two["loss"], two["share"] = loss / 2, share
         two["class_path"] = checkpoints.metadata(sharded)["class_path"]
-        one["features"] = one["features"][4 * rank : 4 * rank + 4]
+        for key in ("features", "restored"):
+            one[key] = one[key][4 * rank : 4 * rank + 4]
         torch.save({"one": one, "two": two}, f"{folder}/{name}_{rank}.pt")
     dist.destroy_process_group()
 
@@ -117,7 +122,7 @@ def test_shards_train_as_the_whole(method, folder):
         assert two["class_path"].startswith(f"xscale_lightning.methods.{method}.") and "FSDP" not in two["class_path"]
         assert one["norm"] > 0.01, "nothing was clipped"
         assert one["gradients"].keys() == two["gradients"].keys() and len(one["gradients"]) > 30
-        for key in ("loss", "norm", "features"):
+        for key in ("loss", "norm", "features", "restored"):
             torch.testing.assert_close(two[key], one[key], rtol=1e-6 if key == "features" else 1e-9, atol=1e-9)
         for part in ("gradients", "after"):
             for name, wanted in one[part].items():

@@ -15,11 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from xscale_lightning.models.cross_decoder import CrossBlock
 
 BLOCKS = (Block, CrossBlock)
-# What is called from outside and uses parameters; each gathers those that belong to no block.
-ENTRIES = (
-    *("training_step", "validation_step", "test_step", "predict_step"),
-    *("step", "features", "patch_features", "evaluate", "encode"),
-)
+# Through these two all else reaches the parameters; each gathers those that belong to no block. Never one inside the
+# other: the end of the inner one would count as that of both.
+ENTRIES = ("step", "encode")
 
 
 def shard_if_asked(module: LightningModule) -> None:
@@ -52,5 +50,4 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     for attribute in ("__module__", "__name__", "__qualname__"):  # checkpoints and run folders name the method by these
         setattr(type(module), attribute, getattr(name, attribute))
     for entry in ENTRIES:
-        if hasattr(module, entry):
-            register_fsdp_forward_method(module, entry)
+        register_fsdp_forward_method(module, entry)
