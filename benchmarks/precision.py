@@ -99,13 +99,15 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(record: dict[str, Any], path: Path = IMAGE) -> None:
-    """One panel per method with both curves."""
+    """One panel per method of which both curves are there."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [name for name in METHODS if name in record]
+    found = [name for name in METHODS if len(record.get(name, {}).get("runs", {})) == len(PRECISIONS)]
+    if not found:
+        return
     figure, axes = pyplot.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), squeeze=False)
     for panel, method in zip(axes[0], found, strict=True):
         for name, style, colour in (("float32", "-", "#4477aa"), ("bfloat16", "--", "#cc6633")):
@@ -127,21 +129,26 @@ def main(argv: list[str] | None = None) -> None:
     """Train, print how far the curves are apart, write JSON and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="names with commas")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="names with commas")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--draw", action="store_true", help="draw what was measured before, train nothing")
     parser.add_argument("--output", help="folder for JSON and figure; benchmarks/results and docs/images unless given")
     args = parser.parse_args(argv)
     path = common.result_path("precision", args.output)
-    size = {"image": 64, "dim": 192, "depth": 4, "batch": args.batch}
+    shape = {"image": 64, "dim": 192, "depth": 4, "batch": args.batch, "steps": args.steps}
     for method in [] if args.draw else args.methods.split(","):
         import torch
 
-        runs = {name: train(method, name, args.steps, size) for name in PRECISIONS}
-        apart = compare(runs)
-        content = {**common.environment(torch.device("cpu")), "size": size, "steps": args.steps, "apart": apart}
-        common.merge_result("precision", (method,), {**content, "runs": runs}, args.output)
-        print(f"{method}: " + ", ".join(f"{name} {value:+.2%}" for name, value in apart.items()), flush=True)
+        head = {**common.environment(torch.device("cpu")), "shape": shape, "steps": args.steps}
+        for name in args.precisions.split(","):  # written after each: a run that is cut off loses one
+            run = {**shape, **train(method, name, args.steps, shape)}
+            common.merge_result("precision", (method,), {**head, "runs": {name: run}}, args.output)
+        runs = json.loads(path.read_text(encoding="utf-8"))[method]["runs"]
+        if all({**shape, **run} == run for run in runs.values()) and len(runs) == len(PRECISIONS):
+            apart = compare(runs)
+            common.merge_result("precision", (method,), {"apart": apart}, args.output)
+            print(f"{method}: " + ", ".join(f"{name} {value:+.2%}" for name, value in apart.items()), flush=True)
     draw(json.loads(path.read_text(encoding="utf-8")), Path(args.output) / "precision.png" if args.output else IMAGE)
     print("written:", path)
 

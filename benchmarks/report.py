@@ -111,8 +111,9 @@ def precision(record: dict) -> list[str]:
     """The two curves per method."""
     apart = "; ".join(
         f"`{name}`: training loss of the last tenth {entry['apart']['train_loss_end']:+.2%}, validation loss "
-        f"{entry['apart']['val_loss']:+.2%}, {entry['steps']} steps"
+        f"{entry['apart']['val_loss']:+.2%}, {entry['steps']} steps of {entry['shape']['batch']} images"
         for name, entry in record.items()
+        if "apart" in entry
     )
     return [
         "**bfloat16 beside float32**, the quickstart's model on the embedded imagery, same seeds:",

@@ -1,7 +1,7 @@
 """Time every method's full training step against a plain eager float32 reference, interleaved in one run.
 
-    python benchmarks/train_step.py                         every method at ViT-B's width and 4 blocks, under ten
-                                                            minutes on two CPU cores
+    python benchmarks/train_step.py                         every method at ViT-B's width and 4 blocks, minutes
+                                                            on two CPU cores
     python benchmarks/train_step.py --size vit_base --methods mae --seconds 45
     python benchmarks/train_step.py --scaling               cost against image size, bands and batch; see scaling.py
 
