@@ -55,7 +55,7 @@ docs: $(STAMP) ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Documentation: site/index.html"
 
-bench: $(STAMP) ## Time the training step against a plain reference (under four minutes on two cores)
+bench: $(STAMP) ## Time every method's training step against a plain reference (minutes on two cores)
 	@$(BIN)/python benchmarks/train_step.py
 
 lock: $(STAMP) ## Resolve requirements.lock anew from pyproject.toml

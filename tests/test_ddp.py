@@ -21,22 +21,42 @@ from xscale_lightning.data.datamodule import Collate
 from xscale_lightning.data.synthetic import SyntheticDataset
 from xscale_lightning.data.scale_view import ScaleView
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
+from xscale_lightning.methods.ijepa import IJEPA
+from xscale_lightning.methods.latent_mim import LatentMIM
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.methods.s2mae import S2MAE
+from xscale_lightning.methods.spatial_affinity import SpatialAffinity
+from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.testing import NO_VIEWS, _PerSampleNoise
 
 torch.set_num_threads(1)
 BATCH = 8
 
-METHOD = {"mae": MAE, "cross_scale_mae": CrossScaleMAE}[sys.argv[2]]
-# The whole image as second view: its box is the same in both runs, its mask is not the first view's.
-OPTIONS = {"mae": {}, "cross_scale_mae": {"gather_negatives": True, "scale_view": ScaleView((1, 1), (1, 1))}}
+VIT, DECODER = {"name": "vit_tiny_patch8", "depth": 2}, {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4}
+SPECTRAL = {"name": "spectral_vit_tiny_cube3_patch8", "depth": 2, "pad": "edge", "image_size": 32}
+JEPA = {"predictor": {"dim": 48, "depth": 1}}
+METHODS = {
+    "mae": (MAE, VIT, DECODER),
+    # The whole image as second view: its box is the same in both runs, its mask is not the first view's.
+    "cross_scale_mae": (
+        CrossScaleMAE, VIT, {**DECODER, "gather_negatives": True, "scale_view": ScaleView((1, 1), (1, 1))}
+    ),
+    "s2mae": (S2MAE, SPECTRAL, DECODER),
+    "ijepa": (IJEPA, {**VIT, "class_token": False}, {"predictor": PredictorConfig(48, 1)}),
+    "latent_mim": (LatentMIM, {**VIT, "position": "stretched"}, {**DECODER, "head_dim": 32}),
+    "spatial_affinity": (
+        SpatialAffinity, {**VIT, "class_token": False}, {"host": "ijepa", "host_args": JEPA, "source": "interpolated"}
+    ),
+}
 
-class SameMasks(METHOD):
-    # A sample's mask depends on the sample alone, so that both runs see the same ones.
-    def step(self, batch):
-        with _PerSampleNoise(self.global_rank * BATCH // self.trainer.world_size):
-            return super().step(batch)
+def same_masks(method):
+    class SameMasks(method):
+        # A sample's mask depends on the sample alone, so that both runs see the same ones.
+        def step(self, batch):
+            with _PerSampleNoise(self.global_rank * BATCH // self.trainer.world_size):
+                return super().step(batch)
+    return SameMasks
 
 class Data(LightningDataModule):
     def train_dataloader(self):
@@ -50,15 +70,14 @@ class Save(Callback):
         self.path = path
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.is_global_zero:
-            gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
+            gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
             torch.save({"gradients": gradients, "lr": module.plan.peak_lr, "world": trainer.world_size}, self.path)
 
-def train(path, **options):
+def train(name, path, **options):
     torch.manual_seed(0)
-    backbone = BackboneConfig("vit_tiny_patch8", depth=2)
-    module = SameMasks(
-        bands=generic(3), backbone=backbone, views=NO_VIEWS, decoder_dim=32, decoder_depth=1, decoder_heads=4,
-        **OPTIONS[sys.argv[2]],
+    method, backbone, arguments = METHODS[name]
+    module = same_masks(method)(
+        bands=generic(3), backbone=BackboneConfig(**backbone), views=NO_VIEWS, **arguments
     ).double()
     Trainer(
         max_steps=1, accelerator="cpu", use_distributed_sampler=False, logger=False, enable_checkpointing=False,
@@ -66,8 +85,10 @@ def train(path, **options):
     ).fit(module, datamodule=Data())
 
 if __name__ == "__main__":
-    train(sys.argv[1] + "/two.pt", devices=2, strategy="ddp_fork")
-    train(sys.argv[1] + "/one.pt", devices=1)
+    for name in METHODS:
+        train(name, f"{sys.argv[1]}/{name}_two.pt", devices=2, strategy="ddp_fork")
+    for name in METHODS:
+        train(name, f"{sys.argv[1]}/{name}_one.pt", devices=1)
 """
 
 
@@ -99,13 +120,19 @@ def processes_that_name(text: str) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    (folder / "train.py").write_text(GRADIENTS)
+    run("train.py", str(folder), cwd=folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forked")
-@pytest.mark.parametrize("method", ["mae", "cross_scale_mae"])
-def test_two_processes_have_the_gradients_of_one(method, tmp_path):
-    (tmp_path / "train.py").write_text(GRADIENTS)
-    run("train.py", str(tmp_path), method, cwd=tmp_path)
-    two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("two.pt", "one.pt"))
+@pytest.mark.parametrize("method", ["mae", "cross_scale_mae", "s2mae", "ijepa", "latent_mim", "spatial_affinity"])
+def test_two_processes_have_the_gradients_of_one(method, gradients):
+    two, one = (torch.load(gradients / f"{method}_{name}.pt", weights_only=True) for name in ("two", "one"))
     assert (two["world"], one["world"]) == (2, 1)
     assert two["lr"] == one["lr"] == pytest.approx(1.5e-4 * 8 / 256)
     assert two["gradients"].keys() == one["gradients"].keys() and len(one["gradients"]) > 30

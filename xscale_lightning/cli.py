@@ -17,6 +17,7 @@ COMMANDS = {
     "reconstruct": ("xscale_lightning.commands.reconstruct", "hide parts of an image, put them back: picture, numbers"),
     "export": ("xscale_lightning.commands.export", "the encoder of a checkpoint as a folder, for here and for timm"),
     "embed": ("xscale_lightning.commands.embed", "embeddings of scenes or of a data set: Parquet, feature map"),
+    "pack": ("xscale_lightning.commands.pack", "decode a data set once, into memory-mapped shards for PackedData"),
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
     "bench": ("xscale_lightning.commands.bench", "compare models by evaluations, with seeds: xscale bench FILE"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),

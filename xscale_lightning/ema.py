@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA(nn.Module):
@@ -36,8 +37,7 @@ class EMA(nn.Module):
         Parameters move in one fused operation; buffers (running statistics) are copied.
         """
         self.moves += 1
-        ours: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(student.parameters())
+        ours, theirs = _local(self.module), _local(student)
         if skip is None:
             torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
         else:  # known on the device only
@@ -45,3 +45,8 @@ class EMA(nn.Module):
             torch._foreach_lerp_(ours, theirs, [weight.to(tensor.dtype) for tensor in ours])
         for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(other)
+
+
+def _local(module: nn.Module) -> list[Tensor]:
+    """Parameters; of those that are shared out among processes (FSDP2) the share of this one."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from timm.layers import Attention as TimmAttention
 
+from xscale_lightning.models import blocked_attention
 from xscale_lightning.models.attention import Attention, attend, available_backends, choose_backend, set_backend
-from xscale_lightning.models.vit import Block
+from xscale_lightning.models.blocks import Block
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BACKENDS = [(d, b) for d in DEVICES for b in available_backends(torch.device(d))]
@@ -67,12 +68,36 @@ def test_packed_lengths_must_fit():
 
 def test_choice_follows_device_type_and_length():
     cpu = torch.device("cpu")
-    assert choose_backend(cpu, torch.bfloat16, 65)[0] == "math"
-    assert choose_backend(cpu, torch.bfloat16, 1024)[0] == "sdpa"
-    assert choose_backend(cpu, torch.float32, 65)[0] == "sdpa"
+    assert choose_backend(cpu, torch.bfloat16, 65)[0] == "blocked"
+    assert choose_backend(cpu, torch.bfloat16, 1024)[0] == "blocked"
+    assert choose_backend(cpu, torch.float32, 65)[0] == "blocked"
+    assert choose_backend(cpu, torch.float32, 197)[0] == "sdpa"
+    assert choose_backend(cpu, torch.float64, 65)[0] == "sdpa"
 
 
-@pytest.mark.parametrize("backend", ["math", "sdpa"])
+@pytest.mark.parametrize("keep_below", [0, 100])
+@pytest.mark.parametrize("block", [1, 40, 10_000])
+def test_blocks_of_any_size_give_the_same(monkeypatch, keep_below, block):
+    monkeypatch.setattr(blocked_attention, "BLOCK", block)
+    monkeypatch.setattr(blocked_attention, "KEEP_BELOW", keep_below)
+    torch.manual_seed(0)
+    q = torch.randn(3, 5, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 9, 4, 8, dtype=torch.float64)
+    ours = run(blocked_attention.blocked_attention, [q, k, v])
+    for got, want in zip(ours, run(reference, [q, k, v]), strict=True):
+        assert (got - want).abs().max() < 1e-13
+
+
+def test_blocked_keeps_nothing_of_the_size_of_the_logits_for_long_sequences():
+    length = blocked_attention.KEEP_BELOW
+    inputs = [torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        attend(*inputs, backend="blocked")
+    assert max(saved) == length * 2 * 8
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa", "blocked"])
 def test_layer_equals_timms(backend):
     torch.manual_seed(0)
     timms = TimmAttention(24, 3, qkv_bias=True).double()

@@ -6,6 +6,7 @@ import torch
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.masking import random_mask
+from xscale_lightning.models.blocks import set_checkpointing
 from xscale_lightning.models.registry import SIZES, create_backbone, list_backbones, register_backbone
 from xscale_lightning.models.tokenizers import patchify, unpatchify
 
@@ -150,3 +151,22 @@ def test_patchify_orders_and_inverse():
     assert torch.equal(patches[0, 4].reshape(2, 2, 3), row_column_channel)
     kernel_order = patchify(images, 2, channels_last=False)
     assert torch.equal(kernel_order[0, 4].reshape(3, 2, 2), images[0, :, 2:4, 2:4])
+
+
+def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less():
+    torch.manual_seed(0)
+    vit = build("vit_tiny_patch8", 4, depth=3, drop_path=0.5).train().double()
+    images = torch.randn(3, 4, 16, 24, dtype=torch.float64)
+    gradients, kept = [], []
+    for on in (False, True):
+        set_checkpointing(vit, on)
+        vit.zero_grad()
+        saved: list[int] = []
+        torch.manual_seed(1)  # stochastic depth draws the same in both passes
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            loss = vit(images).x.square().sum()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
+        kept.append(sum(saved))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.2 * kept[0]

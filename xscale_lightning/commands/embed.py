@@ -21,7 +21,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: unknown options, or values that make no sense.
     """
-    words, data_options = _take_data_options(argv)
+    words, data_options = take_data_options(argv)
     parser = Parser(prog="xscale embed", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint, folder of a run, or folder that `xscale export` wrote")
@@ -55,7 +55,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _take_data_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def take_data_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into words without and with `--data.NAME VALUE`."""
     words, options, waiting = list[str](), list[str](), False
     for word in argv:
         if waiting or word.startswith("--data."):

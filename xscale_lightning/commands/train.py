@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 import xscale_lightning.data.change
 import xscale_lightning.data.folder
 import xscale_lightning.data.mask_folder
+import xscale_lightning.data.packed
 import xscale_lightning.data.paired
 import xscale_lightning.data.paired_geo
 import xscale_lightning.data.sample

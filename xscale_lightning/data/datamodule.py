@@ -6,7 +6,7 @@ there are masks `mask [B, H, W]` int64, the class of every pixel or `ignore_inde
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any, Literal
 
@@ -221,10 +221,14 @@ class XScaleDataModule(LightningDataModule):
             **options,
             num_workers=self.num_workers,
             worker_init_fn=begin_worker,
-            collate_fn=Collate(self.gsd),
+            collate_fn=self._collate(),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def _collate(self) -> Callable[[Any], Batch]:
+        """What makes a batch of samples. Hook for datasets that fetch whole batches."""
+        return Collate(self.gsd)
 
 
 def _length(dataset: Dataset[Any]) -> int:

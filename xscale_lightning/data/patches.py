@@ -6,6 +6,7 @@ no state, so it is the same whatever the number of worker processes, and a resum
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from xscale_lightning.data.damage import DamageLog, is_constant
 from xscale_lightning.data.degrade import degrade
 from xscale_lightning.data.geotiff import Grid, RasterReader, Source, UnreadableFile
 from xscale_lightning.data.samplers import ResumableSampler, replicas_and_rank
+from xscale_lightning.data.scene_cache import mapped
 from xscale_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,13 +53,16 @@ class Scene:
         """Pixels and validity as `read` returns them, of the whole scene; None unless it is held in memory."""
         return self._memory
 
-    def load(self) -> None:
-        """Read all of it into memory.
+    def load(self, cache_dir: str | None = None) -> None:
+        """Read all of it into memory, or map the decoded copy in `cache_dir`, which is made if there is none.
 
         Raises:
             UnreadableFile: if any part of a file cannot be read.
+            UserError: if the copy cannot be written.
         """
-        self._memory = self.reader.read(self.sources, self.grid, 0, 0, self.grid.height, self.grid.width)
+        window = (self.sources, self.grid, 0, 0, self.grid.height, self.grid.width)
+        read = partial(self.reader.read, *window)
+        self._memory = read() if cache_dir is None else mapped(cache_dir, (*window[:2], self.reader.nodata), read)
 
     def check(self, height: int, width: int) -> None:
         """Read the first and the last patch, which finds missing and truncated files without reading all of them.

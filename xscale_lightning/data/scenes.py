@@ -56,6 +56,7 @@ class SceneFolder(XScaleDataModule):
         on_error: Literal["skip", "stop"] = "skip",
         keep_constant: bool = False,
         cache_mb: int = 1024,
+        cache_dir: str | None = None,
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -81,7 +82,8 @@ class SceneFolder(XScaleDataModule):
             pair_ratio: above 1, deliver `image_hr`, `gsd_hr` too, `image` being their area mean (Wald's protocol).
             on_error: what a damaged file does: its scene is skipped and named, or the run stops.
             keep_constant: deliver scenes and patches of one value everywhere, too; else they count as damaged.
-            cache_mb: memory per process in MB for whole scenes; the others are read by window.
+            cache_mb: memory per process in MB for whole scenes; the others are read by window, or memory-mapped.
+            cache_dir: folder for decoded copies of scenes beyond `cache_mb`, made once and memory-mapped from then on.
             seed: of the random patches.
             batch_size: samples per device and step.
             num_workers: processes that read files; 0 reads in the training process, null chooses from the CPU count.
@@ -114,8 +116,8 @@ class SceneFolder(XScaleDataModule):
         self.target_gsd, self.samples_per_epoch, self.fractions = gsd, samples_per_epoch, fractions
         self.block_size, self.split_seed, self.seed = block_size, split_seed, seed
         self.eval_stride, self.eval_samples = eval_stride, eval_samples
-        self.max_nodata, self.validity, self.on_error, self.cache_mb = max_nodata, validity, on_error, cache_mb
-        self.keep_constant = keep_constant
+        self.max_nodata, self.validity, self.on_error = max_nodata, validity, on_error
+        self.keep_constant, self.cache_mb, self.cache_dir = keep_constant, cache_mb, cache_dir
         self.reader = RasterReader(nodata)
         self.name = os.path.basename(os.path.normpath(root)).lower() or "scenes"
         self._opened: tuple[list[Scene], list[BlockMap]] | None = None
@@ -216,6 +218,9 @@ class SceneFolder(XScaleDataModule):
                         scene.load()
                         refuse_blank(scene, self.keep_constant)
                         memory -= scene.nbytes
+                    elif self.cache_dir is not None:
+                        scene.load(self.cache_dir)
+                        refuse_blank(scene, self.keep_constant)
                     else:
                         scene.check(*self.patch_size)
                     self.prepare_scene(scene, found[name])

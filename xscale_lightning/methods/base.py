@@ -20,7 +20,9 @@ from xscale_lightning.methods.checked import CheckedModule
 from xscale_lightning.methods.measure import count_flops, evaluation
 from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.methods.position import go_on
+from xscale_lightning.methods.sharding import shard_if_asked
 from xscale_lightning.models.attention import Backend, set_backend
+from xscale_lightning.models.blocks import set_checkpointing
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
@@ -42,6 +44,7 @@ class SSLModule(CheckedModule):
         init_from: weights that the encoder starts from: a checkpoint, run or export folder, `timm:NAME`, or a published
             file. It never resumes a run: that is `--ckpt_path`.
         adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.
+        activation_checkpointing: compute every block again in the backward pass: less memory, a quarter more work.
 
     Attributes:
         backbone: the encoder.
@@ -67,6 +70,7 @@ class SSLModule(CheckedModule):
         attention: Backend = "auto",
         init_from: str | None = None,
         adapt_bands: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.save_hyperparameters()
@@ -74,6 +78,7 @@ class SSLModule(CheckedModule):
         self.bands = bands or generic(3)
         self.views = views
         self.attention: Backend = attention
+        self.activation_checkpointing = activation_checkpointing
         self.backbone_name, self.backbone_config = backbone.name, backbone
         self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
@@ -184,9 +189,14 @@ class SSLModule(CheckedModule):
         """Refuse data that the model cannot take, before the first batch."""
         self.check_attention(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
+        set_checkpointing(self, self.activation_checkpointing)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")
+
+    def configure_model(self) -> None:
+        """Share the parameters out among processes where the strategy asks for it (FSDP2)."""
+        shard_if_asked(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run that is resumed has its weights."""

@@ -5,9 +5,9 @@ from typing import Literal, get_args
 
 from xscale_lightning.data.scale_view import CropPer
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.blocks import BlockNorm
 from xscale_lightning.models.predictors import PredictorNorm
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.models.vit import BlockNorm
 
 Preset = Literal["recommended", "published", "paper"]
 Reduction = Literal["sum", "mean"]

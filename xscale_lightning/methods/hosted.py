@@ -20,7 +20,7 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
 
-SHARED = ("bands", "backbone", "optimizer", "views", "attention")
+SHARED = ("bands", "backbone", "optimizer", "views", "attention", "activation_checkpointing")
 
 
 class HostedMethod(SSLModule):
@@ -38,6 +38,7 @@ class HostedMethod(SSLModule):
         attention: attention backend of every layer.
         init_from: as in `SSLModule`; for the backbone that both share.
         adapt_bands: as in `SSLModule`.
+        activation_checkpointing: as in `SSLModule`.
 
     Attributes:
         host: the host method.
@@ -57,8 +58,10 @@ class HostedMethod(SSLModule):
         attention: Backend,
         init_from: str | None = None,
         adapt_bands: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(bands, backbone, optimizer, views, attention, init_from, adapt_bands)
+        start = (init_from, adapt_bands)
+        super().__init__(bands, backbone, optimizer, views, attention, *start, activation_checkpointing)
         shared = {"bands": self.bands, "backbone": backbone, "optimizer": optimizer, "views": views}
         self.host = build_host(host, host_args or {}, {**shared, "attention": attention})
         self.backbone, self.views = self.host.backbone, self.host.views

@@ -87,6 +87,7 @@ class SpatialAffinity(HostedMethod):
         attention: attention backend of every layer.
         init_from: weights that the encoder starts from, see `SSLModule`.
         adapt_bands: allow `init_from` weights of other bands.
+        activation_checkpointing: see `SSLModule`.
 
     Attributes:
         host: the host method.
@@ -119,8 +120,10 @@ class SpatialAffinity(HostedMethod):
         attention: Backend = "auto",
         init_from: str | None = None,
         adapt_bands: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(host, host_args, bands, backbone, optimizer, views, attention, init_from, adapt_bands)
+        rest = (init_from, adapt_bands, activation_checkpointing)
+        super().__init__(host, host_args, bands, backbone, optimizer, views, attention, *rest)
         if ratio < 1:
             raise UserError(f"ratio must be a whole number of HR pixels per MR pixel, at least 1, got {ratio}.")
         if weight < 0 or not 0 <= start <= 1 or not 0 <= warmup <= 1:

@@ -1,7 +1,8 @@
 """`attend`: the one place that knows about attention kernels.
 
-Backends: `xformers` (memory-efficient attention on CUDA), `sdpa` (PyTorch's fused kernels) and `math` (explicit
-softmax). They agree in forward and gradient within rounding (tests/models/test_attention.py holds the tolerances).
+Backends: `xformers` (memory-efficient attention on CUDA), `sdpa` (PyTorch's fused kernels), `blocked` (explicit
+softmax, some heads at a time, for CPUs) and `math` (explicit softmax). They agree in forward and gradient within
+rounding (tests/models/test_attention.py holds the tolerances).
 """
 
 import functools
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
-Backend = Literal["auto", "xformers", "sdpa", "math"]
+from xscale_lightning.models.blocked_attention import blocked_attention
 
-# Measured on server CPUs with bfloat16 units: SDPA's flash backward is up to ten times slower than explicit attention
-# for short sequences and faster from about 500 tokens on; in float32 it wins or ties everywhere.
-CPU_BF16_MATH_BELOW = 512
+Backend = Literal["auto", "xformers", "sdpa", "blocked", "math"]
+
+# Measured on a server CPU with bfloat16 units (benchmarks/attention.py): in bfloat16 attention in blocks is up to six
+# times as fast as SDPA, forward and backward, and wins at every length tried (17 to 1025 tokens); in float32 it wins
+# below this many tokens, and SDPA wins or ties above.
+CPU_FLOAT32_BLOCKED_BELOW = 128
 
 
 @functools.cache
@@ -44,15 +48,18 @@ def choose_backend(device: torch.device, dtype: torch.dtype, length: int) -> tup
     if device.type == "cuda":
         works, why = xformers_status()
         return ("xformers", why) if works else ("sdpa", why)
-    if device.type == "cpu" and dtype is torch.bfloat16 and length < CPU_BF16_MATH_BELOW:
-        return "math", f"explicit attention is faster than SDPA below {CPU_BF16_MATH_BELOW} tokens on a CPU in bfloat16"
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        return "blocked", "attention in blocks is faster than SDPA on a CPU in bfloat16"
+    if device.type == "cpu" and dtype is torch.float32 and length < CPU_FLOAT32_BLOCKED_BELOW:
+        return "blocked", f"attention in blocks is faster than SDPA below {CPU_FLOAT32_BLOCKED_BELOW} tokens on a CPU"
     return "sdpa", f"PyTorch's fused attention on {device.type}"
 
 
 def available_backends(device: torch.device) -> list[str]:
     """Backends that can run on `device`."""
-    works = device.type == "cuda" and xformers_status()[0]
-    return ["xformers", "sdpa", "math"] if works else ["sdpa", "math"]
+    if device.type == "cuda":
+        return ["xformers", "sdpa", "math"] if xformers_status()[0] else ["sdpa", "math"]
+    return ["blocked", "sdpa", "math"] if device.type == "cpu" else ["sdpa", "math"]
 
 
 def attend(
@@ -109,7 +116,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: object | None = None) -> Te
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
-_KERNELS = {"math": _math, "sdpa": _sdpa, "xformers": _xformers}
+_KERNELS = {"math": _math, "sdpa": _sdpa, "blocked": blocked_attention, "xformers": _xformers}
 
 
 @functools.lru_cache(maxsize=64)

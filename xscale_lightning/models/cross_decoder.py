@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.attention import Attention, CrossAttention
+from xscale_lightning.models.blocks import init_weights
 from xscale_lightning.models.pos_embed import StretchedPositions, take_positions
 from xscale_lightning.models.tokens import Tokens
-from xscale_lightning.models.vit import init_weights
 
 
 class CrossBlock(nn.Module):

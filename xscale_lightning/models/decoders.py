@@ -7,9 +7,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.blocks import Block, BlockNorm, init_weights
 from xscale_lightning.models.pos_embed import SinCosPositions, take_positions
 from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
-from xscale_lightning.models.vit import Block, BlockNorm, init_weights
 
 
 def check_sizes(dim: int, depth: int, num_heads: int) -> None:

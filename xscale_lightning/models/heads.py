@@ -6,8 +6,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.blocks import init_weights
 from xscale_lightning.models.tokens import Tokens
-from xscale_lightning.models.vit import Encoder, ViT, init_weights
+from xscale_lightning.models.vit import Encoder, ViT
 
 
 class ProjectionHead(nn.Module):

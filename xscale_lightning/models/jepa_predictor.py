@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.masking_blocks import Blocks
+from xscale_lightning.models.blocks import Block, init_weights
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.tokens import pack, unpack
-from xscale_lightning.models.vit import Block, init_weights
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.vit import init_weights
+from xscale_lightning.models.blocks import init_weights
 
 PredictorNorm = Literal["bn_position", "bn_channel", "ln"]
 

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.models.blocks import BlockNorm
 from xscale_lightning.models.cubes import CubeEmbed, Pad
 from xscale_lightning.models.spectral_vit import Spectral, SpectralViT, cube_positions
 from xscale_lightning.models.timm_vit import TimmViT
-from xscale_lightning.models.vit import BlockNorm, Encoder, Pool, Position, ViT
+from xscale_lightning.models.vit import Encoder, Pool, Position, ViT
 
 
 @dataclass

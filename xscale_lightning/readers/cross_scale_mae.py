@@ -14,9 +14,9 @@ from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.cross_scale_mae import CrossScaleMAE
 from xscale_lightning.methods.cross_scale_recipe import Recipe
+from xscale_lightning.models.blocks import BlockNorm
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.registry import BackboneConfig
-from xscale_lightning.models.vit import BlockNorm
 from xscale_lightning.readers.common import Rule, State, block_count, fuse, load_state, rename, split
 
 Naming = Literal["timm", "xformers"]

@@ -1,0 +1,202 @@
+"""`xscale pack OUT --data FILE.yaml`: decode a data set once, into shards that `PackedData` memory-maps."""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xscale_lightning import __version__
+from xscale_lightning.commands.arguments import Parser
+from xscale_lightning.commands.embed import SPLITS, progress, take_data_options
+from xscale_lightning.commands.embed_data import from_batch, open_data
+from xscale_lightning.commands.journal import JOB, Journal
+from xscale_lightning.data.datamodule import Split, XScaleDataModule
+from xscale_lightning.data.patches import EpochSampler
+from xscale_lightning.data.shards import FORMAT, INDEX, Shard, check_shards, read_index, write_file, write_shard
+from xscale_lightning.errors import UserError
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of the verb; `--data.NAME VALUE` are collected as `data_options`.
+
+    Raises:
+        UserError: unknown options, or values that make no sense.
+    """
+    words, data_options = take_data_options(argv)
+    parser = Parser(prog="xscale pack", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder to write")
+    add("--data", "--config", metavar="FILE.yaml", help="configuration with a data section, or a class name; "
+        "--data.NAME VALUE changes its arguments")  # fmt: skip
+    add("--splits", default=",".join(SPLITS), metavar="NAMES", help="splits to write, with commas (train,val,test)")
+    add("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard, about (256)")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples read at a time (64)")
+    add("--overwrite", action="store_true", help="replace a pack that exists")
+    add("--restart", action="store_true", help="begin anew, not where an earlier try was interrupted")
+    add("--check", action="store_true", help="write nothing: compare every file of the pack OUT with its SHA-256")
+    args = parser.parse_args(words)
+    args.data_options = data_options
+    if args.check == bool(args.data):
+        raise UserError("give --data FILE.yaml to write a pack, or --check to check one.")
+    for name, value in (("shard-mb", args.shard_mb), ("batch-size", args.batch_size)):
+        if value < 1:
+            raise UserError(f"--{name} {value} is not possible; give at least 1.")
+    args.splits = [name.strip() for name in args.splits.split(",")]
+    if unknown := [name for name in args.splits if name not in SPLITS]:
+        raise UserError(f"--splits {unknown[0]!r} is unknown; choose from {', '.join(SPLITS)}.")
+    args.out = Path(os.path.normpath(args.out))
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Write or check a pack, say what there is."""
+    args = parse(argv[1:])
+    if args.check:
+        splits = read_index(args.out)[1]
+        for shards in splits.values():
+            check_shards(args.out, shards, hashes=True)
+        print(f"{args.out}: {_summary(splits)}; every file has its SHA-256")
+        return 0
+    if args.out.exists() and not (args.overwrite and (args.out / INDEX).is_file()):
+        remedy = "replace it with --overwrite" if (args.out / INDEX).is_file() else "it is no pack"
+        raise UserError(f"OUT '{args.out}' exists; choose another folder ({remedy}).")
+    data, description = open_data(args)
+    if data.downloads:
+        data.prepare_data()
+    splits = [split for split in args.splits if _has(data, split)]
+    if not splits:
+        raise UserError(f"--splits: {data.name} has none of {', '.join(args.splits)}.")
+    job = {"data": description, "splits": splits, "shard-mb": args.shard_mb, "batch-size": args.batch_size}
+    journal = Journal(args.out.with_name(f"{args.out.name}.parts"), job, args.restart)
+    packed = {split: shards for split, shards in _write_splits(data, splits, journal.folder, args)}
+    content = {"format": FORMAT, **describe(data), "splits": {k: [asdict(s) for s in v] for k, v in packed.items()}}
+    content["source"] = {"data": json.loads(description), "skipped": data.skipped, "xscale": __version__}
+    write_file(journal.folder / INDEX, json.dumps(content, indent=1, allow_nan=False).encode())
+    for rest in journal.folder.glob("*.json"):  # records of shards are in the index now; the job's stays to the end
+        if rest.name not in (INDEX, JOB):
+            rest.unlink()
+    _put_in_place(journal.folder, args.out)
+    size = sum(column.bytes for shards in packed.values() for shard in shards for column in shard.columns.values())
+    replaced = f"; {data.skipped} damaged samples were replaced by others" if data.skipped else ""
+    print(f"wrote {args.out}: {_summary(packed)}, {size / 1e6:.0f} MB{replaced}")
+    print(f"  xscale fit --config ... --data PackedData --data.root {args.out}")
+    return 0
+
+
+def _summary(splits: Mapping[str, Sequence[Shard]]) -> str:
+    return ", ".join(f"{sum(shard.samples for shard in shards)} {name}" for name, shards in splits.items())
+
+
+def _has(data: XScaleDataModule, split: Split) -> bool:
+    """Whether there is such a split, and it is a list of samples.
+
+    Raises:
+        UserError: its samples are random patches of scenes.
+    """
+    dataset = data.dataset(split)
+    if dataset is None:
+        return False
+    if split == "train" and isinstance(getattr(data.train_dataloader(), "sampler", None), EpochSampler):
+        raise UserError(
+            f"--data: {type(data).__name__} draws new patches of its scenes in every epoch, so there is no list to "
+            "pack.\nWhere scenes do not fit into memory, set data.cache_dir: they are decoded once and memory-mapped."
+        )
+    return True
+
+
+def describe(data: XScaleDataModule) -> dict[str, Any]:
+    """What a data module says of its samples, in plain types."""
+    return {
+        "name": data.name,
+        "bands": data.bands.to_dict(),
+        "image_size": list(data.image_size),
+        "num_classes": data.num_classes,
+        "multilabel": data.multilabel,
+        "num_mask_classes": data.num_mask_classes,
+        "class_names": None if data.class_names is None else list(data.class_names),
+        "ignore_index": data.ignore_index,
+        "gsd": data.gsd,
+    }
+
+
+def _write_splits(
+    data: XScaleDataModule, splits: Sequence[Split], folder: Path, args: argparse.Namespace
+) -> Iterator[tuple[str, list[Shard]]]:
+    """Write what is missing of every split, and yield its shards."""
+    counts = {split: len(data.probe_dataloader(split)) for split in splits}
+    checked = False
+    with progress() as bar:
+        for split in splits:
+            task = bar.add_task(f"{split} batches", total=counts[split])
+            shards: list[Shard] = []
+            stream, per_shard = None, 0
+            while (record := folder / f"{split}-{len(shards):05d}.json").is_file():
+                shards.append(_read_record(record))
+            done = sum(shard.batches for shard in shards)
+            bar.update(task, completed=done)
+            while done < counts[split]:
+                stream = stream or (_columns(b) for b in from_batch(data, split, data.dataset(split), done))
+                parts = list(itertools.islice(stream, per_shard or 1))
+                if not parts:
+                    break
+                if not per_shard:
+                    size = max(1, sum(values.nbytes for values in parts[0].values()) // 2)  # float32 stored as uint16
+                    if not checked:
+                        _check_room(folder, size * (sum(counts.values()) - done), data.name)
+                        checked = True
+                    per_shard = max(1, _bytes_per_shard(args) // size)
+                    parts += itertools.islice(stream, per_shard - 1)
+                shards.append(write_shard(folder, f"{split}-{len(shards):05d}", parts))
+                done += len(parts)
+                bar.update(task, completed=done)
+            yield split, shards
+
+
+def _bytes_per_shard(args: argparse.Namespace) -> int:
+    return args.shard_mb * 10**6
+
+
+def _read_record(path: Path) -> Shard:
+    try:
+        return Shard.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError):
+        raise UserError(f"'{path}' is damaged; begin anew with --restart.") from None
+
+
+def _columns(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Columns `[B, ...]` of a batch; strings as UTF-8."""
+    columns = {}
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            columns[key] = value.numpy()
+        elif isinstance(value, list) and all(isinstance(text, str) for text in value):
+            columns[key] = np.array([text.encode() for text in value])
+    return columns
+
+
+def _check_room(folder: Path, wanted: int, name: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(
+            f"OUT: {name} needs about {wanted / 1e9:.1f} GB and '{folder.parent}' has {free / 1e9:.1f} GB free; "
+            "make room, or choose another folder."
+        )
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Give a finished pack its name; one that it replaces is kept until then."""
+    (work / JOB).unlink(missing_ok=True)
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(work, target)
+    shutil.rmtree(old, ignore_errors=True)
