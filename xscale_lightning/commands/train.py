@@ -38,9 +38,11 @@ from xscale_lightning.callbacks import (
     ProgressBar,
     ReconstructionPictures,
     RunSummary,
+    TensorBoardReport,
     Throughput,
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
+from xscale_lightning.callbacks.start_record import StartRecord
 from xscale_lightning.commands.optional_args import settle_optional_args
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
 from xscale_lightning.commands.stage_options import Stage
@@ -61,6 +63,7 @@ CALLBACKS = {
     "throughput": Throughput,
     "embeddings": EmbeddingWriter,
     "summary": RunSummary,
+    "tensorboard": TensorBoardReport,
     "progress": ProgressBar,
 }
 
@@ -268,6 +271,7 @@ def build(cls: type[AnyCLI], **options: Any) -> AnyCLI:
         parser_class=Parser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        save_config_callback=StartRecord,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
         **options,
     )
