@@ -56,11 +56,11 @@ def test_the_layout_holds_the_curves_of_the_run_and_no_empty_charts(run) -> None
 
 def test_texts_say_how_it_was_configured_and_what_came_out(run) -> None:
     events = run(TensorBoardReport())
-    step, verdict = text(events, "run/verdict")
+    step, verdict = text(events, "run/1_verdict")
     assert step == 4 and verdict.startswith("**") and "kNN top-1 on tiny" in verdict
     assert re.search(r"\| knn/tiny/top1 \| 0\.\d+ \| [01]\.\d+ \| 4 \|", verdict)
-    assert text(events, "run/config")[0] == 0 and '"method": "tiny"' in text(events, "run/config")[1]
-    assert "Custom Scalars" in text(events, "run/guide")[1]
+    assert text(events, "run/3_config")[0] == 0 and '"method": "tiny"' in text(events, "run/3_config")[1]
+    assert "Custom Scalars" in text(events, "run/2_guide")[1]
 
 
 def test_hparams_name_the_scores_and_write_no_points(run) -> None:

@@ -48,7 +48,7 @@ GUIDE = """
 | --- | --- |
 | **Custom Scalars** | the run on one page: does it learn, losses by term, collapse, schedules, speed |
 | **Images** | the same held-out images at step 0 and later; drag the slider above a picture |
-| **Text** | `run/verdict` says in a sentence whether it learned, `run/config` is the whole configuration |
+| **Text** | `run/1_verdict` says in a sentence whether it learned, `run/3_config` is the whole configuration |
 | **HParams** | runs side by side: options as columns, beside the newest value of every score |
 
 Step 0 is the model before its first step: the base line of every curve. Untick *Ignore outliers in chart scaling*,
@@ -60,8 +60,8 @@ class TensorBoardReport(Callback):
     """Arranges a run's TensorBoard; without a `TensorBoardLogger` it does nothing.
 
     Before the first step it writes a layout for the Custom Scalars tab (chapters of charts with several curves each),
-    the run's options with the names of its scores for the HParams tab, and two texts: `run/guide` and `run/config`. At
-    the end `run/verdict`: the sentence of `results.json` over a table of all figures with their step-0 values.
+    the run's options with the names of its scores for the HParams tab, and two texts: `run/2_guide` and `run/3_config`. At
+    the end `run/1_verdict`: the sentence of `results.json` over a table of all figures with their step-0 values.
 
     Args:
         enabled: false writes none of it.
@@ -81,9 +81,9 @@ class TensorBoardReport(Callback):
             writer.add_custom_scalars(layout([*trainer.callback_metrics, *ALWAYS]))
             for summary in _hparams(start, metrics)[:2]:  # the third says that the run is over
                 writer._get_file_writer().add_summary(summary)
-            writer.add_text("run/guide", GUIDE, current_step(trainer))
+            writer.add_text("run/2_guide", GUIDE, current_step(trainer))
             code = (f"    {line}" for line in _config(trainer, pl_module).splitlines())
-            writer.add_text("run/config", "\n".join(code), current_step(trainer))
+            writer.add_text("run/3_config", "\n".join(code), current_step(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the verdict; comes after every probe's last measurement (`on_train_end`)."""
@@ -91,7 +91,7 @@ class TensorBoardReport(Callback):
         for logger in self._loggers(trainer):
             writer = logger.experiment
             if records:
-                writer.add_text("run/verdict", f"**{verdict(records)}**\n\n{table(records)}", current_step(trainer))
+                writer.add_text("run/1_verdict", f"**{verdict(records)}**\n\n{table(records)}", current_step(trainer))
             writer._get_file_writer().add_summary(_hparams({}, {})[2])
 
     def _loggers(self, trainer: Trainer) -> list[TensorBoardLogger]:
@@ -120,7 +120,7 @@ def table(records: Mapping[str, Record]) -> str:
     return "\n".join(lines)
 
 
-def run_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, float | str | bool]:
+def run_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, float | str]:
     """A run's options in one flat dict, nested names joined by dots; bands are their number and sensor."""
     options = {name: value for name, value in pl_module.hparams.items() if name != "bands"}
     data, seed = getattr(trainer, "datamodule", None), os.environ.get("PL_GLOBAL_SEED")
@@ -132,7 +132,7 @@ def run_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, float
     names = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "world_size")
     found |= {f"trainer.{name}": getattr(trainer, name, None) for name in names}
     found["seed"] = int(seed) if seed else None
-    return {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in found.items() if v is not None}
+    return {name: v if type(v) in (int, float) else str(v) for name, v in found.items() if v is not None}
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
