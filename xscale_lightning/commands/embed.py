@@ -6,9 +6,8 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from xscale_lightning.commands.arguments import Parser
+from xscale_lightning.commands.arguments import Parser, take_data_options
 from xscale_lightning.errors import UserError
 from xscale_lightning.pretrained import WEIGHTS
 
@@ -21,7 +20,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: unknown options, or values that make no sense.
     """
-    words, data_options = _take_data_options(argv)
+    words, data_options = take_data_options(argv)
     parser = Parser(prog="xscale embed", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint, folder of a run, or folder that `xscale export` wrote")
@@ -52,17 +51,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.data_options = data_options
     _check(args)
     return args
-
-
-def _take_data_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    words, options, waiting = list[str](), list[str](), False
-    for word in argv:
-        if waiting or word.startswith("--data."):
-            options.append(word)
-            waiting = not waiting and "=" not in word
-        else:
-            words.append(word)
-    return words, options
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -108,15 +96,6 @@ def weights_hash(path: Path) -> str:
     file = path / WEIGHTS if path.is_dir() else path
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def progress() -> Any:
-    """A progress bar on the error stream."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
 
 
 def main(argv: list[str]) -> int:
