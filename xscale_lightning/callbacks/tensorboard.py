@@ -43,6 +43,7 @@ CHAPTERS: dict[str, dict[str, str]] = {
     },
 }
 ALWAYS = ("train/loss", "val/loss", "schedule/lr", "schedule/weight_decay", "speed/images_per_s", "speed/data_wait")
+ALWAYS += ("speed/tflops",)  # these come with the first steps, after the layout is written
 GUIDE = """
 | look at | for |
 | --- | --- |
@@ -60,8 +61,9 @@ class TensorBoardReport(Callback):
     """Arranges a run's TensorBoard; without a `TensorBoardLogger` it does nothing.
 
     Before the first step it writes a layout for the Custom Scalars tab (chapters of charts with several curves each),
-    the run's options with the names of its scores for the HParams tab, and two texts: `run/2_guide` and `run/3_config`. At
-    the end `run/1_verdict`: the sentence of `results.json` over a table of all figures with their step-0 values.
+    the run's options with the names of its scores for the HParams tab, and two texts: `run/2_guide` and
+    `run/3_config`. At the end `run/1_verdict`: the sentence of `results.json` over a table of all figures with their
+    step-0 values.
 
     Args:
         enabled: false writes none of it.
