@@ -190,3 +190,20 @@ def test_every_method_has_a_page_with_equations_and_differences(name):
     assert "$$" in page
     for file in re.findall(r"\| `([a-z_]+/[a-z0-9_]+\.py)`", page):
         assert (ROOT / "xscale_lightning" / file).is_file(), file
+
+
+def test_every_sensor_is_in_the_table():
+    page = (DOCS / "bands.md").read_text(encoding="utf-8")
+    table = page[page.index("| sensor | bands |") : page.index("`xscale_lightning/data/sensors.py`")]
+    missing = [name for name in SENSORS if f"`{name}`" not in table]
+    assert not missing
+    for name in ("naip", "sentinel2_l2a", "landsat8"):
+        assert re.search(rf"`{name}`.*\| {len(SENSORS[name])} \|", table), name
+
+
+def test_every_option_of_the_errors_table_exists():
+    """`data.NAME` and `model.NAME` in the troubleshooting page are options of some data module or method."""
+    page = prose(DOCS / "troubleshooting.md")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "xscale_lightning").rglob("*.py"))
+    for option in set(re.findall(r"`(?:--)?(?:data|model)\.([a-z_]+)", page)):
+        assert re.search(rf"\b{option}\b\s*[:=]", source), option
