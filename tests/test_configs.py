@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PATHS = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("ablations", "bench", "finetune")]
 FILES = {path.relative_to(CONFIGS).as_posix(): yaml.safe_load(path.read_text()) for path in PATHS}
 DATA = sorted(name for name in FILES if name.startswith("data/"))
+TRAINER = sorted(name for name in FILES if name.startswith("trainer/"))
 COMPLETE = sorted(
     name for name, content in FILES.items() if content.get("model", {}).get("class_path") and "data" in content
 )
@@ -32,7 +33,7 @@ OWN_QUICK = {
     "ijepa_quick.yaml": ("ijepa.yaml", "sa_ijepa.yaml"),
 }
 ADDITIONS = ("dense_probe.yaml", "evaluation.yaml", "fsdp.yaml")  # the last: see test_slurm.py
-OVERLAYS = sorted(set(FILES) - set(DATA) - set(COMPLETE) - {*S2MAE_OVERLAYS, *OWN_QUICK, *ADDITIONS})
+OVERLAYS = sorted(set(FILES) - set(DATA) - set(TRAINER) - set(COMPLETE) - {*S2MAE_OVERLAYS, *OWN_QUICK, *ADDITIONS})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
 QUICK = [
@@ -83,6 +84,29 @@ def test_every_file_has_its_kind():
     assert COMPLETE and DATA and OVERLAYS == ["quickstart.yaml"]
     for name in DATA:
         assert set(FILES[name]) == {"data"}, f"{name} sets more than the data"
+    assert TRAINER == ["trainer/cpu.yaml", "trainer/ddp.yaml", "trainer/gpu.yaml"]
+    for name in TRAINER:
+        assert set(FILES[name]) == {"trainer"}, f"{name} sets more than the trainer"
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_trainer_files_go_over_method_data_and_size(name, capsys):
+    """Method, size, data, trainer, in this order, and an option over all of them."""
+    words = [*config("mae.yaml"), *config("quickstart.yaml"), *config("data/eurosat.yaml"), "-c", str(CONFIGS / name)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", *words, "--data.root", "x", "--trainer.max_epochs", "7", "--print_config"])
+    assert not stop.value.code
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert {key: shown["trainer"][key] for key in FILES[name]["trainer"]} == FILES[name]["trainer"]
+    assert shown["trainer"]["max_epochs"] == 7 and shown["model"]["init_args"]["backbone"]["depth"] == 4
+    assert shown["data"]["class_path"].endswith("TorchGeoData") and shown["data"]["init_args"]["root"] == "x"
+    assert shown["model"]["init_args"]["mask_ratio"] == FILES["mae.yaml"]["model"]["init_args"]["mask_ratio"]
+
+
+@pytest.mark.slow
+def test_the_cpu_trainer_trains(tmp_path):
+    recipe = [*config("mae.yaml"), *config("quickstart.yaml"), *config("trainer/cpu.yaml")]
+    fit(tmp_path, *recipe, *QUICK, "--data.samples_per_epoch", "16", "--knn.every_n_epochs", "0")
 
 
 @pytest.mark.slow

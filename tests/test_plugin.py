@@ -1,5 +1,6 @@
 """`xscale new-method`: the project it writes works outside the package, installed as any other distribution."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from xscale_lightning import cli
+from xscale_lightning.testing import check_method
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_RUN = [
@@ -74,6 +77,29 @@ def test_the_project_is_whole_and_has_no_placeholder_left(project):
     for name, path in files.items():
         assert "@" not in path.read_text(), name
     assert len(files["my_method/method.py"].read_text().splitlines()) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "joint"])
+def test_other_kinds_keep_the_contract(kind, tmp_path):
+    assert cli.main(["new-method", f"my_{kind}", "--kind", kind, "--into", str(tmp_path)]) == 0
+    folder = tmp_path / f"my_{kind}"
+    text = "".join(path.read_text() for path in folder.rglob("*.*"))
+    assert "@" not in text.replace("@property", "").replace("mT @ other", "")
+    assert len((folder / f"my_{kind}" / "method.py").read_text().splitlines()) < 100
+    file = folder / f"my_{kind}" / "method.py"
+    spec = importlib.util.spec_from_file_location(f"my_{kind}_method", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # checkpoints name the class by its module
+    try:
+        spec.loader.exec_module(module)
+        check_method(getattr(module, f"My{kind.capitalize()}"))
+    finally:
+        del sys.modules[spec.name]
+    given = yaml.safe_load((folder / "configs" / f"my_{kind}.yaml").read_text())["model"]
+    assert given["class_path"] == f"my_{kind}.method.My{kind.capitalize()}"
+    assert set(given["init_args"]) & {"mask_ratio", "dim"}
 
 
 @pytest.mark.slow

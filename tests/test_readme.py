@@ -111,7 +111,7 @@ def check_xscale(words: list[str], run, tmp_path: Path) -> None:
             words = [*words, "--print_config"]
     elif words[0] == "new-method":
         words = [*words, "--into", str(tmp_path)]
-    elif words[0] in ("doctor", "schema", "sweep", "bench", "reconstruct", "export", "embed"):
+    elif words[0] in ("doctor", "schema", "sweep", "bench", "reconstruct", "export", "embed", "stats", "completion"):
         words = [*words, "--help"]  # they take seconds or a checkpoint, and have tests of their own
     code, out = run(*words)
     assert code == 0, out

@@ -20,10 +20,12 @@ COMMANDS = {
     "pack": ("xscale_lightning.commands.pack", "decode a data set once, into memory-mapped shards for PackedData"),
     "sweep": ("xscale_lightning.commands.sweep", "run fit in variants, and compare them: xscale sweep FILE [options]"),
     "bench": ("xscale_lightning.commands.bench", "compare models by evaluations, with seeds: xscale bench FILE"),
+    "stats": ("xscale_lightning.commands.stats", "statistics of a data set's bands, ready for a configuration"),
     "methods": ("xscale_lightning.commands.methods", "table of methods, plug-ins included"),
     "backbones": ("xscale_lightning.commands.backbones", "table of backbones"),
     "doctor": ("xscale_lightning.commands.doctor", "check this machine: versions, devices, attention, two steps"),
     "schema": ("xscale_lightning.commands.schema", "write the JSON schema of configurations, for editors"),
+    "completion": ("xscale_lightning.commands.completion", "print the completion script of bash, zsh or fish"),
     "new-method": ("xscale_lightning.commands.new_method", "write a working method, config and test into your folder"),
 }
 

@@ -132,7 +132,7 @@ def test_the_curve_is_drawn_at_every_probe(make_data, make_any_size, make_traine
     assert first.shape == last.shape and not np.array_equal(first, last)
     events = EventAccumulator(str(tmp_path / "runs" / "a"))
     events.Reload()
-    assert [image.step for image in events.Images("knn_scales/eu ro/sat")] == [0, 4]
+    assert [image.step for image in events.Images("knn/eu ro/sat/scales")] == [0, 4]
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_figure_and_numbers_of_every_ratio(make_trainer, tmp_path: Path) -> None
     assert 0 < metrics["reconstruction/spectral_angle"] < 180
     events = EventAccumulator(str(tmp_path / "runs" / "a"), size_guidance={"images": 0})
     events.Reload()
-    assert len(events.Images("reconstruction_ratios")) == 1
+    assert len(events.Images("reconstruction/mask_ratios")) == 1
     for name in ("psnr_at_50", "psnr_at_50_bilinear", "spectral_angle", "spectral_angle_mean_fill"):
         assert np.isfinite(events.Scalars(f"reconstruction/{name}")[0].value)
     assert callback.state_dict() == {"image_size": [32, 32]}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,10 +35,23 @@ def test_methods_table(capsys):
     assert "mae" in capsys.readouterr().out
 
 
+def test_methods_in_words(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert cli.main(["methods", "--verbose", "mae", "latent_mim"]) == 0
+    mae, latent = capsys.readouterr().out.split("\n\n")
+    assert "xscale_lightning.methods.mae.MAE" in mae and "He et al." in mae
+    assert "--model.mask_ratio 0.75" in mae and "--model.norm_pix_loss" in mae and "optimizer" not in mae
+    assert "configs/mae.yaml" in mae and "docs/methods/mae.md" in mae
+    assert latent.startswith("latent_mim: ") and "configs/latent_mim.yaml" in latent
+    assert cli.main(["methods", "mea"]) == 2
+    assert "no such method" in capsys.readouterr().err
+
+
 def test_backbones_table(capsys):
-    assert cli.main(["backbones", "--bands", "13"]) == 0
+    assert cli.main(["backbones", "--bands", "13", "--verbose"]) == 0
     shown = capsys.readouterr().out
     assert "vit_huge_patch14" in shown and "timm:NAME" in shown
+    assert "\n  reference_gsd    10.0\n" in shown and "\n  patch_size       null\n" in shown
 
 
 def test_doctor(capsys, tmp_path):

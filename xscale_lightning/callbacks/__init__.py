@@ -11,6 +11,7 @@ from xscale_lightning.callbacks.pictures import ReconstructionPictures
 from xscale_lightning.callbacks.probe import Measurement, ProbeCallback, publish, run_folder
 from xscale_lightning.callbacks.progress import ProgressBar
 from xscale_lightning.callbacks.summary import RunSummary
+from xscale_lightning.callbacks.tensorboard import TensorBoardReport
 from xscale_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ProgressBar",
     "ReconstructionPictures",
     "RunSummary",
+    "TensorBoardReport",
     "Throughput",
     "publish",
     "run_folder",

@@ -223,7 +223,7 @@ class OnlineKNN(LabelledProbe):
             self._sizes(pl_module),
         )
         stem = re.sub(r"[^\w.-]+", "_", data)  # a name need not be fit for files
-        publish_picture(trainer, picture, f"knn_scales/{data}", f"knn_scales_{stem}_")
+        publish_picture(trainer, picture, f"knn/{data}/scales", f"knn_scales_{stem}_")
 
 
 def _error(share: float, count: int) -> float:

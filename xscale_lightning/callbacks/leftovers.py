@@ -68,7 +68,7 @@ def _is_start(path: Path, folder: Path, since: float) -> bool:
         return False
     if path.is_dir():
         return name in ("pictures", "checkpoints")
-    known = name in ("config.yaml", "hparams.yaml", LOCK)
+    known = name in ("config.yaml", "hparams.yaml", "command.txt", "environment.json", LOCK)
     known = known or (name.startswith("pictures/") and name.endswith("step_0000000.png"))
     known = known or (path.parent == folder and name.startswith("events.out."))
     return known and path.stat().st_mtime >= since - CLOCK_SLACK

@@ -211,7 +211,7 @@ class ReconstructionPictures(ProbeCallback):
                 (f"Numbers over {len(batch['image'])} images.",),
             )
             picture = ratio_figure(first, scores, method.bands, text)
-            publish_picture(trainer, picture, "reconstruction_ratios", prefix="ratios_")
+            publish_picture(trainer, picture, "reconstruction/mask_ratios", prefix="ratios_")
         return scores
 
     def _explain(self, text: str) -> None:

@@ -8,12 +8,14 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from xscale_lightning import checkpoints
+from xscale_lightning.commands.bars import left
 from xscale_lightning.commands.bench_cells import Cell, plan
 from xscale_lightning.commands.bench_file import PRETRAINING, Bench, read_bench
 from xscale_lightning.commands.bench_report import report
@@ -89,10 +91,11 @@ def run(bench: Bench, cells: Sequence[Cell], chosen: Sequence[Cell], folder: Pat
     skipped = [cell for cell in chosen if is_finished(cell, folder)]
     for cell in skipped:
         print(f"computed already: {cell.name} ({place(cell, folder)})")
-    waiting = [cell for cell in chosen if cell not in skipped]
+    waiting, started = [cell for cell in chosen if cell not in skipped], time.monotonic()
     try:
         for number, cell in enumerate(waiting, start=1):
-            print(f"\ncell {number} of {len(waiting)}: {cell.name}", flush=True)
+            rest = left(number - 1, len(waiting), time.monotonic() - started)
+            print(f"\ncell {number} of {len(waiting)}: {cell.name}{rest}", flush=True)
             run_cell(cell, folder, launch)
             report(bench, records(cells, folder), folder)
     finally:

@@ -6,9 +6,8 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from xscale_lightning.commands.arguments import Parser, import_method
+from xscale_lightning.commands.arguments import Parser, import_method, take_data_options
 from xscale_lightning.errors import UserError
 from xscale_lightning.pretrained import WEIGHTS
 
@@ -55,18 +54,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def take_data_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into words without and with `--data.NAME VALUE`."""
-    words, options, waiting = list[str](), list[str](), False
-    for word in argv:
-        if waiting or word.startswith("--data."):
-            options.append(word)
-            waiting = not waiting and "=" not in word
-        else:
-            words.append(word)
-    return words, options
-
-
 def _check(args: argparse.Namespace) -> None:
     if bool(args.sources) == bool(args.data):
         raise UserError("give either scenes (SOURCE ...) or a data set (--data FILE.yaml).")
@@ -110,15 +97,6 @@ def weights_hash(path: Path) -> str:
     file = path / WEIGHTS if path.is_dir() else path
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def progress() -> Any:
-    """A progress bar on the error stream."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
 
 
 def main(argv: list[str]) -> int:

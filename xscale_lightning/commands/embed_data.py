@@ -2,8 +2,6 @@
 
 import argparse
 import itertools
-import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from xscale_lightning.commands.embed import SPLITS, progress, weights_hash
+from xscale_lightning.commands.bars import progress
+from xscale_lightning.commands.data_module import choose_split, data_section, is_file, open_data
+from xscale_lightning.commands.embed import weights_hash
 from xscale_lightning.commands.journal import Journal
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.tables import polygon, write_parquet
 from xscale_lightning.errors import UserError
 from xscale_lightning.init_from import same_bands
-from xscale_lightning.opening import read_yaml
 from xscale_lightning.pretrained import Pretrained
 
 GROUP = 1024  # samples of a part, about
@@ -29,7 +28,8 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     Raises:
         UserError: no such data, other bands than the model's, or other options than those of an interrupted try.
     """
-    data, description = open_data(args)
+    given = data_section(args.data, "--data") if is_file(args.data) else args.data
+    data, description = open_data(given, args.data_options, args.batch_size)
     if not same_bands(model.bands, data.bands):
         difference = model.bands.difference(data.bands) or "wavelengths or unit"
         raise UserError(
@@ -77,48 +77,6 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     write_parquet(args.output, vectors, {**columns, **table}, footprints, crs, about)
     journal.remove()
     print(f"wrote {args.output} ({rows} samples of {data.name}, {split})")
-
-
-def open_data(args: argparse.Namespace) -> tuple[XScaleDataModule, str]:
-    """The data module of `--data`, and its configuration as one line.
-
-    Raises:
-        UserError: no such file, no data section, or arguments that the class does not have.
-    """
-    from xscale_lightning.commands import train  # its imports make the data modules known by their short names
-    from xscale_lightning.commands.parser import Parser
-
-    given: Any = args.data
-    if os.path.splitext(given)[1] in (".yaml", ".yml", ".json"):
-        content = read_yaml(given, f"--data '{given}'")
-        given = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(given, dict):
-            raise UserError(f"--data '{args.data}' has no data section; give a configuration that has.")
-        given = json.dumps(given, default=str)
-    parser = Parser()
-    parser.add_subclass_arguments(train.XScaleDataModule, "data", required=True)
-    config = parser.parse_args(["--data", given, *args.data_options])
-    described = config.data.as_dict()
-    for name in ("batch_size", "num_workers"):  # they decide nothing but the speed, or are said elsewhere
-        described["init_args"].pop(name, None)
-    config.data.init_args.batch_size = args.batch_size
-    description = json.dumps(described, default=str, sort_keys=True)
-    return parser.instantiate(config).data, description
-
-
-def choose_split(data: XScaleDataModule, wanted: str | None) -> tuple[Split, Any]:
-    """The split asked for, or the first there is of test, val and train, opened.
-
-    Raises:
-        UserError: there is no such split.
-    """
-    if data.downloads:
-        data.prepare_data()
-    for split in [wanted] if wanted else reversed(SPLITS):
-        dataset = data.dataset(split)  # type: ignore[arg-type]
-        if dataset is not None:
-            return split, dataset  # type: ignore[return-value]
-    raise UserError(f"--split {wanted}: {data.name} has no such split; choose another.")
 
 
 def _count(dataset: Any) -> int | None:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xscale_lightning.commands.embed import progress, weights_hash
+from xscale_lightning.commands.bars import progress
+from xscale_lightning.commands.embed import weights_hash
 from xscale_lightning.commands.journal import Journal
 from xscale_lightning.data.feature_map import Components, write_feature_map
 from xscale_lightning.data.image_window import OpenImage, open_image

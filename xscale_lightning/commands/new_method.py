@@ -11,19 +11,25 @@ from pathlib import Path
 
 from xscale_lightning.errors import UserError
 
+# kind -> the lines of its own options in the configuration; its template is method_KIND.py.txt
+KINDS = {
+    "denoising": "    noise: 0.5",
+    "masked": "    mask_ratio: 0.75",
+    "joint": "    dim: 256",
+}
 # template -> path inside the new folder; {name} is the method's name
 FILES = {
     "pyproject.toml.txt": "pyproject.toml",
     "init.py.txt": "{name}/__init__.py",
-    "method.py.txt": "{name}/method.py",
+    "method_{kind}.py.txt": "{name}/method.py",
     "config.yaml.txt": "configs/{name}.yaml",
     "test_method.py.txt": "tests/test_{name}.py",
     "README.md.txt": "README.md",
 }
 
 
-def write_project(name: str, parent: Path) -> Path:
-    """Write the project `parent/name` whole or not at all.
+def write_project(name: str, parent: Path, kind: str = "denoising") -> Path:
+    """Write the project `parent/name`, with a method of a kind of `KINDS`, whole or not at all.
 
     Raises:
         UserError: a name that Python cannot import, or a folder that exists or cannot be written.
@@ -33,7 +39,7 @@ def write_project(name: str, parent: Path) -> Path:
     target = parent / name
     if target.exists():
         raise UserError(f"folder {str(target)!r} exists already: choose another NAME or --into another folder.")
-    words = {"NAME": name, "CLASS": "".join(part.capitalize() for part in name.split("_"))}
+    words = {"NAME": name, "CLASS": "".join(part.capitalize() for part in name.split("_")), "OPTIONS": KINDS[kind]}
     try:
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
@@ -41,7 +47,9 @@ def write_project(name: str, parent: Path) -> Path:
         raise UserError(f"--into {str(parent)!r} cannot be written ({error.strerror}): choose another.") from error
     try:
         for template, path in FILES.items():
-            text = (files("xscale_lightning.commands") / "templates" / template).read_text(encoding="utf-8")
+            text = (files("xscale_lightning.commands") / "templates" / template.format(kind=kind)).read_text(
+                encoding="utf-8"
+            )
             for word, value in words.items():
                 text = text.replace(f"@{word}@", value)
             file = draft / path.format(name=name)
@@ -58,9 +66,11 @@ def main(argv: list[str]) -> None:
     """Write the project and say what to do with it."""
     parser = argparse.ArgumentParser(prog="xscale new-method", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="name of the method, such as my_method")
+    parser.add_argument("--kind", choices=tuple(KINDS), default="denoising",
+        help="what to begin with: denoise pixels, predict features of masked patches, or join two views")  # fmt: skip
     parser.add_argument("--into", default=".", help="folder in which the new folder NAME is made")
     args = parser.parse_args(argv[1:])
-    target = write_project(args.name, Path(args.into))
+    target = write_project(args.name, Path(args.into), args.kind)
     print(f"wrote {target}: the method is {args.name}/method.py. Next:")
     print(f"  cd {target} && pip install -e . && pytest")
     print(f"  xscale fit --config configs/{args.name}.yaml")

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from xscale_lightning import __version__
-from xscale_lightning.commands.arguments import Parser
-from xscale_lightning.commands.embed import SPLITS, progress, take_data_options
-from xscale_lightning.commands.embed_data import from_batch, open_data
+from xscale_lightning.commands.arguments import Parser, take_data_options
+from xscale_lightning.commands.bars import progress
+from xscale_lightning.commands.data_module import SPLITS, data_section, is_file, open_data
+from xscale_lightning.commands.embed_data import from_batch
 from xscale_lightning.commands.journal import JOB, Journal
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.patches import EpochSampler
@@ -68,7 +69,8 @@ def main(argv: list[str]) -> int:
     if args.out.exists() and not (args.overwrite and (args.out / INDEX).is_file()):
         remedy = "replace it with --overwrite" if (args.out / INDEX).is_file() else "it is no pack"
         raise UserError(f"OUT '{args.out}' exists; choose another folder ({remedy}).")
-    data, description = open_data(args)
+    given = data_section(args.data, "--data") if is_file(args.data) else args.data
+    data, description = open_data(given, args.data_options, args.batch_size)
     if data.downloads:
         data.prepare_data()
     splits = [split for split in args.splits if _has(data, split)]

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from xscale_lightning import checkpoints
+from xscale_lightning.callbacks.start_record import StartRecord
 from xscale_lightning.commands.stage_options import CONFIG_OPTIONS, StagedCommand, last_given, options
 from xscale_lightning.errors import Stopped, UserError
 from xscale_lightning.files import write_bytes
@@ -275,7 +275,7 @@ def is_finished(checkpoint: dict[str, Any], trainer: Trainer) -> bool:
     return trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs  # type: ignore[operator]
 
 
-class SavedConfig(SaveConfigCallback):
+class SavedConfig(StartRecord):
     """Writes the run's `config.yaml`, whole or not at all; a run that goes on keeps its own if that says the same."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -285,7 +285,7 @@ class SavedConfig(SaveConfigCallback):
             return
         file = Path(folder) / CONFIG
         text = self.parser.dump(self.config, skip_none=False).encode()
-        if file.is_file() and (not self.overwrite or file.read_bytes() == text):
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, text)
+        if not file.is_file() or (self.overwrite and file.read_bytes() != text):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, text)
+        self.save_config(trainer, pl_module, stage)

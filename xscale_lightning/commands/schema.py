@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", help="where to write it, for example xscale.schema.json")
     file = Path(parser.parse_args(argv[1:]).file)
     sys.argv = [sys.argv[0]]
+    print("describing all classes that a configuration can name: half a minute ...", file=sys.stderr, flush=True)
     text = json.dumps(fit_schema())
     with told(file, "FILE "):
         write_bytes(file, text.encode())

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xscale_lightning.callbacks.verdict import format_value
+from xscale_lightning.commands.bars import left
 from xscale_lightning.commands.parser import load_yaml
 from xscale_lightning.commands.stage_options import check_name, insert_configs, last_given, take_apart
 from xscale_lightning.commands.stages import check, told_of
@@ -111,9 +112,11 @@ def check_variant(options: list[str], overlay: dict[str, Any]) -> None:
 def run(variants: Variants, options: list[str], folder: Path, launch: Launch) -> int:
     """Run the variants and keep `sweep.json` and `sweep.md` up to date; what was finished stays on Ctrl-C."""
     records = {name: {"status": "not run", "config": overlay} for name, overlay in variants.items()}
+    started = time.monotonic()
     try:
         for number, (name, overlay) in enumerate(variants.items(), start=1):
-            print(f"\nvariant {number} of {len(variants)}: {name}", flush=True)
+            rest = left(number - 1, len(variants), time.monotonic() - started)
+            print(f"\nvariant {number} of {len(variants)}: {name}{rest}", flush=True)
             place = folder / name
             file = place / "variant.yaml"
             with told(file):

@@ -40,6 +40,7 @@ from xscale_lightning.callbacks import (
     ProgressBar,
     ReconstructionPictures,
     RunSummary,
+    TensorBoardReport,
     Throughput,
 )
 from xscale_lightning.callbacks.embeddings import EmbeddingWriter
@@ -73,6 +74,7 @@ CALLBACKS = {
     "throughput": Throughput,
     "embeddings": EmbeddingWriter,
     "summary": RunSummary,
+    "tensorboard": TensorBoardReport,
     "progress": ProgressBar,
     "trace": Trace,
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xscale_lightning.data.band_names import listed
 from xscale_lightning.data.damage import is_constant
 from xscale_lightning.data.geotiff import UnreadableFile
-from xscale_lightning.data.patches import Scene
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)

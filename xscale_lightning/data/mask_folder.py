@@ -15,7 +15,8 @@ from xscale_lightning.data.folder import find_list
 from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, Source, UnreadableFile, common_grid, inspect
 from xscale_lightning.data.labels import IGNORED, LabelMap, settle_classes
 from xscale_lightning.data.pair_files import check_pattern, key_of
-from xscale_lightning.data.patches import PatchDataset, Scene, stop_message
+from xscale_lightning.data.patches import PatchDataset, stop_message
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.data.scene_files import SceneBands, list_rasters
 from xscale_lightning.data.scenes import SceneFolder
 from xscale_lightning.errors import UserError

@@ -11,7 +11,8 @@ from torch import Tensor
 from xscale_lightning.data.damage import is_constant
 from xscale_lightning.data.footprint import Footprint, read_resampled
 from xscale_lightning.data.geotiff import UnreadableFile
-from xscale_lightning.data.patches import PatchDataset, Scene, stop_message
+from xscale_lightning.data.patches import PatchDataset, stop_message
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.errors import UserError
 
 

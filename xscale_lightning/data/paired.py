@@ -23,7 +23,8 @@ from xscale_lightning.data.pair_files import (
 )
 from xscale_lightning.data.pair_patches import PairDataset, PairScene
 from xscale_lightning.data.pair_splits import split_groups
-from xscale_lightning.data.patches import PatchDataset, Scene
+from xscale_lightning.data.patches import PatchDataset
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.data.scene_files import find_scenes
 from xscale_lightning.data.scenes import SceneFolder
 from xscale_lightning.errors import UserError

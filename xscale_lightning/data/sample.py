@@ -10,7 +10,7 @@ import numpy as np
 from xscale_lightning.data.bands import BandSelection, band_key, match_names
 from xscale_lightning.data.datamodule import DEFAULT_BANDS
 from xscale_lightning.data.geotiff import Grid, Source
-from xscale_lightning.data.patches import Scene
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.data.scenes import SceneFolder
 
 FOLDER = Path(__file__).with_name("sample_imagery")

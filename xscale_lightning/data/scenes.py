@@ -15,8 +15,9 @@ from xscale_lightning.data.bands import SENSORS, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap, fixed_origins, origin_cells, split_blocks
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
 from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, UnreadableFile, common_grid
-from xscale_lightning.data.patches import EpochSampler, PatchDataset, Scene, collate, stop_message
+from xscale_lightning.data.patches import EpochSampler, PatchDataset, collate, stop_message
 from xscale_lightning.data.samplers import begin_worker
+from xscale_lightning.data.scene import Scene
 from xscale_lightning.data.scene_files import SceneBands, find_scenes
 from xscale_lightning.errors import UserError
 

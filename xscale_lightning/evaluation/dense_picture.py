@@ -8,10 +8,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from xscale_lightning.evaluation.pictures import HIDDEN_GREY, MARGIN, picture_grid
+from xscale_lightning.evaluation.pictures import FONT_SIZE, HIDDEN_GREY, MARGIN, picture_grid
 
 _FIRST = [(0.80, 0.72, 0.52), (0.16, 0.42, 0.75), (0.20, 0.55, 0.25), (0.85, 0.25, 0.20)]
-_ROW = 16
+_ROW = 24
 
 
 def palette(num_classes: int) -> Tensor:
@@ -48,7 +48,7 @@ def dense_picture(
     """
     count = len(names)
     grid = picture_grid([images, class_picture(masks, count), class_picture(predictions, count)], titles)
-    canvas, font = Image.fromarray(grid), ImageFont.load_default()
+    canvas, font = Image.fromarray(grid), ImageFont.load_default(FONT_SIZE)
     entries = [*zip(names, palette(count).tolist(), strict=True), ("ignored", [HIDDEN_GREY] * 3)]
     draw = ImageDraw.Draw(canvas)
     places, x, row = [], MARGIN, 0
@@ -63,6 +63,6 @@ def dense_picture(
     draw = ImageDraw.Draw(whole)
     for name, colour, left, line in places:
         top = canvas.height + line * _ROW
-        draw.rectangle((left, top + 2, left + 10, top + 12), fill=colour)
-        draw.text((left + _ROW, top + 1), name, fill="black", font=font)
+        draw.rectangle((left, top + 4, left + FONT_SIZE - 4, top + FONT_SIZE), fill=colour)
+        draw.text((left + _ROW, top), name, fill="black", font=font)
     return np.asarray(whole)

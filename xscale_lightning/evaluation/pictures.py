@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 HIDDEN_GREY = 0.5
 MARGIN = 4
-TITLE_HEIGHT = 18
+TITLE_HEIGHT = 26
+FONT_SIZE = 18  # still read where TensorBoard shows the picture at a third of its size
 MIN_CELL = 160  # pixels; smaller images are enlarged by whole factors so that single pixels stay visible
 
 
@@ -98,13 +99,13 @@ def picture_grid(columns: Sequence[Tensor], titles: Sequence[str]) -> np.ndarray
         (len(columns) * (width + MARGIN) + MARGIN, count * (height + MARGIN) + MARGIN + TITLE_HEIGHT),
         "white",
     )
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_SIZE)
     for i, (column, title) in enumerate(zip(columns, titles, strict=True)):
         left = MARGIN + i * (width + MARGIN)
         # Titles that are wider than their column would run into the next one.
         while len(title) > 1 and draw.textlength(title, font=font) > width:
             title = title[:-1]
-        draw.text((left, MARGIN), title, fill="black", font=font)
+        draw.text((left, MARGIN // 2), title, fill="black", font=font)
         pixels = (column.detach().float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for row in range(count):
             cell = Image.fromarray(pixels[row]).resize((width, height), Image.Resampling.NEAREST)

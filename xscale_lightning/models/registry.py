@@ -1,6 +1,7 @@
 """Backbones by name: `create_backbone("vit_small_patch8", in_chans=13)`, `timm:NAME`, and your own."""
 
 import difflib
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,7 +20,8 @@ class BackboneConfig:
     """The encoder, by name and options."""
 
     name: str = "vit_small_patch16"
-    """Registered name (`xscale backbones` lists them) or `timm:NAME`."""
+    """Registered name (`xscale backbones` lists them), `timm:NAME`, or `package.module:NAME`, which first imports the
+    module that registers NAME."""
     position: Position = "sincos"
     """`sincos` (fixed, MAE), `gsd` (fixed, scaled by metres per pixel), `stretched` (fixed, LatentMIM: n coordinates
     from 0 to n) or `learned` (a table that resizes)."""
@@ -117,7 +119,7 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
     """Build the backbone `name` for `in_chans` bands.
 
     Args:
-        name: a registered name or `timm:NAME`.
+        name: a registered name, `timm:NAME`, or `package.module:NAME`.
         in_chans: number of bands.
         **options: fields of `BackboneConfig`.
 
@@ -140,12 +142,25 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
         if changed:
             raise UserError(f"backbone {name!r} brings its own {changed[0]}: leave this option out.")
         return TimmViT(name[5:], in_chans, config.pretrained, config.drop_path, config.pool)
+    module, colon, own = name.rpartition(":")
+    if colon:
+        _import(module, name)
+        name = own
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=3) or list(_FACTORIES)[:3]
         raise UserError(f"unknown backbone {name!r}: did you mean {', '.join(near)}? `xscale backbones` lists all.")
     if config.pretrained:
         raise UserError(f"backbone {name!r} has no weights of its own: pretrained is for 'timm:NAME' backbones.")
     return _FACTORIES[name](in_chans, config)
+
+
+def _import(module: str, name: str) -> None:
+    try:
+        importlib.import_module(module)
+        return
+    except ImportError as error:
+        reason = str(error)
+    raise UserError(f"backbone {name!r}: module {module!r} cannot be imported ({reason}): is its folder on PYTHONPATH?")
 
 
 # What a timm model decides by itself.
