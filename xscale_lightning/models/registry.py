@@ -10,7 +10,7 @@ from xscale_lightning.errors import UserError
 from xscale_lightning.models.cubes import CubeEmbed, Pad
 from xscale_lightning.models.spectral_vit import Spectral, SpectralViT, cube_positions
 from xscale_lightning.models.timm_vit import TimmViT
-from xscale_lightning.models.vit import BlockNorm, Encoder, Pool, Position, ViT
+from xscale_lightning.models.vit import MAX_DEPTH, BlockNorm, Encoder, Pool, Position, ViT
 
 
 @dataclass
@@ -69,6 +69,8 @@ class BackboneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {value}.")
+        if self.depth is not None and self.depth > MAX_DEPTH:
+            raise UserError(f"backbone.depth must be at most {MAX_DEPTH}, got {self.depth}.")
         for name in ("mlp_ratio", "norm_eps", "final_norm_eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"backbone.{name} must be above 0, got {getattr(self, name)}.")

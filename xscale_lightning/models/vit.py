@@ -26,6 +26,7 @@ from xscale_lightning.models.tokens import Tokens, pack, unpack
 Position = Literal["sincos", "learned", "gsd", "stretched"]
 Pool = Literal["mean", "cls"]
 BlockNorm = Literal["pre", "post"]
+MAX_DEPTH = 1000  # blocks: ten times the deepest published encoders
 
 
 class Block(TimmBlock):
