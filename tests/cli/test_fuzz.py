@@ -25,6 +25,9 @@ FOUND = [
     Case("mae", "SceneFolder", [("data", "split_seed", -1)]),
     Case("mae", "SceneFolder", [("data", "samples_per_epoch", 10**30)]),
     Case("mae", "ImageFolderData", [("data", "image_size", 10**9)]),
+    Case("mae", "SyntheticData", [("trainer", "gradient_clip_val", math.nan)]),
+    Case("mae", "SyntheticData", [("trainer", "gradient_clip_val", 1.0), ("trainer", "precision", "16-mixed")]),
+    Case("mae", "SyntheticData", [("trainer", "check_val_every_n_epoch", 0)]),
 ]
 
 

@@ -155,6 +155,27 @@ def bounded(config: Any) -> Iterator[None]:
             handle.remove()
 
 
+def check_trainer(config: Any) -> None:
+    """Refuse options of the Trainer that it would only stumble over in the first steps.
+
+    Raises:
+        UserError: naming the option.
+    """
+    clip, every, precision = (
+        config.trainer.get(name) for name in ("gradient_clip_val", "check_val_every_n_epoch", "precision")
+    )
+    if clip is not None and not clip >= 0:
+        raise UserError(f"trainer.gradient_clip_val must be 0 or more, got {clip}.")
+    if every is not None and every < 1:
+        raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {every}.")
+    optimizer = (config.get("model") or {}).get("init_args.optimizer.kind", "adamw")
+    if clip and str(precision) in ("16-mixed", "16") and optimizer == "adamw":
+        raise UserError(
+            f"trainer.gradient_clip_val {clip} does not go with trainer.precision {precision}: the fused optimizer "
+            "takes the loss scale away itself, after clipping. Take bf16-mixed, or no clipping."
+        )
+
+
 def check_batch(data: Any) -> None:
     """Refuse batches that do not fit into memory, and more worker processes than any machine has use for.
 
