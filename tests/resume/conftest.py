@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def method(name: str = "mae") -> Any:
     torch.manual_seed(0)
     shared = {"bands": RGB.resolve(), "backbone": SMALL, "optimizer": OptimizerConfig(lr=0.1)}
     if name == "ijepa":
-        return IJEPA(**{**shared, "backbone": BackboneConfig("vit_tiny_patch8", 4, depth=1, dim=16, num_heads=2)})
+        return IJEPA(**{**shared, "backbone": replace(SMALL, patch_size=4, class_token=False)})
     return MAE(**shared, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 

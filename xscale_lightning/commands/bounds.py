@@ -4,9 +4,11 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch.nn.modules import module as hooks
@@ -76,6 +78,37 @@ def _given(owner: type, frame: types.FrameType) -> list[str]:
     return given
 
 
+def check_groups(config: Any) -> None:
+    """Refuse a single value where a group of options belongs, such as `data.bands: 0`; the parser lets it pass.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    for section in ("model", "data"):
+        part = config.get(section)
+        arguments = part.get("init_args") if hasattr(part, "get") else None
+        module, _, name = str(part.get("class_path") if arguments is not None else "").rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        for owner in getattr(cls, "__mro__", ()):
+            hints = _hints(owner)
+            for key, hint in hints.items():
+                options = get_args(hint) or (hint,)
+                value = arguments.get(key) if arguments is not None else None
+                if isinstance(value, (int, float, str, list)) and all(map(_is_group, options)):
+                    raise UserError(f"{section}.{key}: {value!r} is not possible; give its fields, by name.")
+
+
+def _hints(owner: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(owner.__dict__.get("__init__", object))
+    except (NameError, TypeError):
+        return {}
+
+
+def _is_group(hint: Any) -> bool:
+    return hint is type(None) or (isinstance(hint, type) and is_dataclass(hint))
+
+
 @contextlib.contextmanager
 def bounded(config: Any) -> Iterator[None]:
     """Make the parts of a configuration: stop at too many layers or parameters, and name what was unusual.
@@ -83,6 +116,7 @@ def bounded(config: Any) -> Iterator[None]:
     Raises:
         UserError: it takes more memory than there is, or something broke where a number is unusual.
     """
+    check_groups(config)
     copies = 1 if torch.cuda.is_available() else COPIES
     limit, counted = available_memory(), {"modules": 0, "bytes": 0}
 
@@ -121,6 +155,27 @@ def bounded(config: Any) -> Iterator[None]:
             handle.remove()
 
 
+def check_trainer(config: Any) -> None:
+    """Refuse options of the Trainer that it would only stumble over in the first steps.
+
+    Raises:
+        UserError: naming the option.
+    """
+    clip, every, precision = (
+        config.trainer.get(name) for name in ("gradient_clip_val", "check_val_every_n_epoch", "precision")
+    )
+    if clip is not None and not clip >= 0:
+        raise UserError(f"trainer.gradient_clip_val must be 0 or more, got {clip}.")
+    if every is not None and every < 1:
+        raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {every}.")
+    optimizer = (config.get("model") or {}).get("init_args.optimizer.kind", "adamw")
+    if clip and str(precision) in ("16-mixed", "16") and optimizer == "adamw":
+        raise UserError(
+            f"trainer.gradient_clip_val {clip} does not go with trainer.precision {precision}: the fused optimizer "
+            "takes the loss scale away itself, after clipping. Take bf16-mixed, or no clipping."
+        )
+
+
 def check_batch(data: Any) -> None:
     """Refuse batches that do not fit into memory, and more worker processes than any machine has use for.
 
@@ -137,6 +192,7 @@ def check_batch(data: Any) -> None:
     size, limit = count * len(data.bands) * height * width * 4, available_memory()
     if size > limit:
         raise UserError(
-            f"data.batch_size: {count} images of data.image_size {height} x {width} with {len(data.bands)} bands take "
-            f"{size / 2**30:.3g} GiB, and there are {limit / 2**30:.3g} GiB: lower one of them."
+            f"data.batch_size: {count} images of {height} x {width} pixels and {len(data.bands)} bands take "
+            f"{size / 2**30:.3g} GiB, and there are {limit / 2**30:.3g} GiB: lower data.batch_size or data.image_size "
+            "(image_height, image_width)."
         )

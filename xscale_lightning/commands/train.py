@@ -48,7 +48,7 @@ from xscale_lightning.callbacks.event_log import RunLogger
 from xscale_lightning.callbacks.preemption import Preemption, queue_again
 from xscale_lightning.callbacks.run_checkpoint import RunCheckpoint
 from xscale_lightning.callbacks.trace import Trace
-from xscale_lightning.commands.bounds import check_batch
+from xscale_lightning.commands.bounds import check_batch, check_trainer
 from xscale_lightning.commands.folders import check_writable, claim, logger_of
 from xscale_lightning.commands.optional_args import settle_optional_args
 from xscale_lightning.commands.parser import Parser, import_methods, resolve_method_names
@@ -129,6 +129,7 @@ class CLI(LightningCLI):
             raise UserError(f"seed_everything must be in [0, 2^32), got {seed}.")
         if accumulate < 1:
             raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}.")
+        check_trainer(config)
 
     def before_instantiate_classes(self) -> None:
         """Refuse an output folder that cannot be written, before data is opened."""

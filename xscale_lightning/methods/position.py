@@ -1,5 +1,7 @@
 """Where a resumed run goes on: in the epoch and at the batch that come after those of its checkpoint."""
 
+import warnings
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -37,7 +39,9 @@ def go_on(trainer: Trainer) -> None:
     loaders = fetcher.combined_loader.flattened
     exact = [begin_inside(loader, epoch, batch) for loader in loaders]
     iter(fetcher)
-    if not all(exact):
+    if all(exact):  # Lightning looks for a loader with a state
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+    else:
         rank_zero_warn(
             f"a loader cannot begin inside an epoch: reading past the {batch} batches that are done. The run goes on "
             "exactly if their order depends on the epoch alone; data modules of this package can begin anywhere."

@@ -13,6 +13,7 @@ from xscale_lightning.models.attention import Attention
 from xscale_lightning.models.tokenizers import PatchTokenizer
 
 BlockNorm = Literal["pre", "post"]
+MAX_DEPTH = 1000  # blocks: ten times the deepest published encoders
 
 
 class Block(TimmBlock):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.attention import Attention, CrossAttention
 from xscale_lightning.models.blocks import init_weights
+from xscale_lightning.models.decoders import check_sizes
 from xscale_lightning.models.pos_embed import StretchedPositions, take_positions
 from xscale_lightning.models.tokens import Tokens
 
@@ -83,6 +84,7 @@ class CrossDecoder(nn.Module):
                 f"decoder width, depth and heads must be at least 1, got {dim}, {depth} and {num_heads} "
                 "(decoder_dim, decoder_depth, decoder_heads)."
             )
+        check_sizes(dim, depth, num_heads)
         if dim % num_heads:
             names = "decoder_dim or decoder_heads"
             raise UserError(f"decoder width {dim} is not divisible by its {num_heads} heads: change {names}.")

@@ -7,7 +7,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.blocks import Block, BlockNorm, init_weights
+from xscale_lightning.models.blocks import MAX_DEPTH, Block, BlockNorm, init_weights
 from xscale_lightning.models.pos_embed import SinCosPositions, take_positions
 from xscale_lightning.models.tokens import Tokens, gather, pack, unpack
 
@@ -16,11 +16,13 @@ def check_sizes(dim: int, depth: int, num_heads: int) -> None:
     """Refuse sizes that no decoder can have.
 
     Raises:
-        UserError: one is below 1 (the depth below 0).
+        UserError: one is below 1 (the depth below 0), or there are too many blocks.
     """
     for name, value, least in (("decoder_dim", dim, 1), ("decoder_depth", depth, 0), ("decoder_heads", num_heads, 1)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}.")
+    if depth > MAX_DEPTH:
+        raise UserError(f"decoder_depth must be at most {MAX_DEPTH}, got {depth}.")
 
 
 class MAEDecoder(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.masking_blocks import Blocks
-from xscale_lightning.models.blocks import Block, init_weights
+from xscale_lightning.models.blocks import MAX_DEPTH, Block, init_weights
 from xscale_lightning.models.pos_embed import SinCosPositions
 from xscale_lightning.models.tokens import pack, unpack
 
@@ -33,6 +33,8 @@ class PredictorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"predictor.{name} must be at least 1, got {value}.")
+        if self.depth > MAX_DEPTH:
+            raise UserError(f"predictor.depth must be at most {MAX_DEPTH}, got {self.depth}.")
         if not self.dim * self.mlp_ratio >= 1:
             raise UserError(f"predictor.mlp_ratio {self.mlp_ratio} leaves its MLPs no width: take 4.")
         if self.dim % 4:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.models.blocks import BlockNorm
+from xscale_lightning.models.blocks import MAX_DEPTH, BlockNorm
 from xscale_lightning.models.cubes import CubeEmbed, Pad
 from xscale_lightning.models.spectral_vit import Spectral, SpectralViT, cube_positions
 from xscale_lightning.models.timm_vit import TimmViT
@@ -72,6 +72,8 @@ class BackboneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"backbone.{name} must be at least 1, got {value}.")
+        if self.depth is not None and self.depth > MAX_DEPTH:
+            raise UserError(f"backbone.depth must be at most {MAX_DEPTH}, got {self.depth}.")
         for name in ("mlp_ratio", "norm_eps", "final_norm_eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"backbone.{name} must be above 0, got {getattr(self, name)}.")
