@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             run = {**shape, **train(method, name, args.steps, shape)}
             common.merge_result("precision", (method,), {**head, "runs": {name: run}}, args.output)
         runs = json.loads(path.read_text(encoding="utf-8"))[method]["runs"]
-        if all({**shape, **run} == run for run in runs.values()) and len(runs) == len(PRECISIONS):
+        if all({**run, **shape} == run for run in runs.values()) and len(runs) == len(PRECISIONS):
             apart = compare(runs)
             common.merge_result("precision", (method,), {"apart": apart}, args.output)
             print(f"{method}: " + ", ".join(f"{name} {value:+.2%}" for name, value in apart.items()), flush=True)

@@ -32,7 +32,7 @@ OWN_QUICK = {
     "latent_mim_quick.yaml": ("latent_mim.yaml", "sa_latent_mim.yaml"),
     "ijepa_quick.yaml": ("ijepa.yaml", "sa_ijepa.yaml"),
 }
-ADDITIONS = ("dense_probe.yaml", "evaluation.yaml", "fsdp.yaml")  # the last: see test_slurm.py
+ADDITIONS = ("dense_probe.yaml", "evaluation.yaml", "fsdp.yaml")  # the last: its parts in test_sharding.py
 OVERLAYS = sorted(set(FILES) - set(DATA) - set(TRAINER) - set(COMPLETE) - {*S2MAE_OVERLAYS, *OWN_QUICK, *ADDITIONS})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.

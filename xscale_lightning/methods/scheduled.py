@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
@@ -92,6 +94,23 @@ class ScheduledModule(LightningModule):
         optimizer.register_step_pre_hook(lambda opt, *_: apply_plan(opt, self._run_plan, self._optimizer_step))
         optimizer.register_step_post_hook(lambda opt, *_: self._after_update(opt))
         return optimizer
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says; with a fused optimizer too, which Lightning refuses in every mixed precision.
+
+        Only float16 has gradients that such an optimizer unscales itself.
+        """
+        plugin = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     @property
     def _optimizer_step(self) -> int:
