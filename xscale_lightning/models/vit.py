@@ -81,7 +81,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, PatchTokenizer):
+    elif isinstance(module, PatchTokenizer) and hasattr(module, "proj"):  # one made of others has none of its own
         nn.init.xavier_uniform_(module.proj.weight.flatten(1))  # like the linear layer that it is
         assert module.proj.bias is not None
         nn.init.zeros_(module.proj.bias)
