@@ -39,13 +39,16 @@ def test_the_site_builds_strictly(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_internal_links(page):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        found = page.parent / target  # the pages of tutorials are made of their scripts
+        assert found.exists() or found.with_suffix(".py").exists(), f"{page.name} links to {target}"
 
 
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r": (\S+\.md)$", text, re.MULTILINE)
-    assert sorted(pages) == sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md"))
+    docs = ROOT / "docs"
+    sources = [*docs.rglob("*.md"), *(script.with_suffix(".md") for script in docs.glob("tutorials/*.py"))]
+    assert sorted(pages) == sorted(str(p.relative_to(docs)) for p in sources)
     assert yaml.safe_load(text.split("plugins:")[0])["theme"]["font"] is False
 
 

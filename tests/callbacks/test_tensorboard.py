@@ -63,19 +63,13 @@ def test_texts_say_how_it_was_configured_and_what_came_out(run) -> None:
     assert "Custom Scalars" in text(events, "run/2_guide")[1]
 
 
-def test_hparams_name_the_scores_and_write_no_points(run) -> None:
+def test_hparams_hold_the_options_and_write_no_points(run) -> None:
     events = run(TensorBoardReport())
-    content = {
-        tag: metadata.parse_session_start_info_plugin_data(content)
-        for tag, content in events.PluginTagToContent(metadata.PLUGIN_NAME).items()
-        if tag == metadata.SESSION_START_INFO_TAG
-    }
-    options = content[metadata.SESSION_START_INFO_TAG].hparams
+    content = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    options = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG]).hparams
     assert options["method"].string_value == "tiny" and options["data.bands"].number_value == 3
-    ends = events.PluginTagToContent(metadata.PLUGIN_NAME)
-    experiment = metadata.parse_experiment_plugin_data(ends[metadata.EXPERIMENT_TAG])
-    assert {"knn/tiny/top1", "geometry/rank", "val/loss"} <= {info.name.tag for info in experiment.metric_infos}
-    assert metadata.SESSION_END_INFO_TAG in ends
+    assert metadata.SESSION_END_INFO_TAG in content
+    assert metadata.EXPERIMENT_TAG not in content  # TensorBoard would show one run's options for all
     assert [point.step for point in events.Scalars("knn/tiny/top1")] == [0, 4]  # the probe's own, none of hparams'
 
 

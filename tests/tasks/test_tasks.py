@@ -8,6 +8,7 @@ from lightning.pytorch import seed_everything
 
 from xscale_lightning import checkpoints, cli, load_backbone
 from xscale_lightning.data.bands import BandSelection
+from xscale_lightning.data.sample import SampleScene
 from xscale_lightning.data.views import Views
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.registry import BackboneConfig
@@ -109,6 +110,14 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_still():
     assert all(p.grad is None for p in module.backbone.parameters())
     assert all(p.grad is not None for p in module.head.parameters())
     assert not module.backbone.training
+
+
+def test_classes_that_the_data_does_not_name_have_their_numbers():
+    data = SampleScene(image_size=16)  # its patches may be "mixed", its pixels not
+    module = Classification(bands=data.bands, backbone=SMALL, num_classes=data.num_classes)
+    module.check_data(data, fitting=True)
+    assert len(module.class_names) == data.num_classes == len(data.class_names) + 1
+    assert module.class_names[-1] == str(data.num_classes - 1)
 
 
 def test_the_loss_is_torchs():

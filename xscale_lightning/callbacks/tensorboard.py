@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from xscale_lightning.callbacks.probe import run_folder
 from xscale_lightning.callbacks.steps import current_step
 from xscale_lightning.callbacks.summary import RunSummary
-from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, is_dense, is_knn, is_linear, verdict
+from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, verdict
 
 # Chapter -> chart -> what its tags match. A chart without a tag of its own run is left out.
 CHAPTERS: dict[str, dict[str, str]] = {
@@ -50,7 +50,7 @@ GUIDE = """
 | **Custom Scalars** | the run on one page: does it learn, losses by term, collapse, schedules, speed |
 | **Images** | the same held-out images at step 0 and later; drag the slider above a picture |
 | **Text** | `run/1_verdict` says in a sentence whether it learned, `run/3_config` is the whole configuration |
-| **HParams** | runs side by side: options as columns, beside the newest value of every score |
+| **HParams** | runs side by side: options that differ first, beside the newest value of every curve |
 
 Step 0 is the model before its first step: the base line of every curve. Untick *Ignore outliers in chart scaling*,
 which cuts it off, and set *Smoothing* to 0 for curves of few points.
@@ -61,9 +61,8 @@ class TensorBoardReport(Callback):
     """Arranges a run's TensorBoard; without a `TensorBoardLogger` it does nothing.
 
     Before the first step it writes a layout for the Custom Scalars tab (chapters of charts with several curves each),
-    the run's options with the names of its scores for the HParams tab, and two texts: `run/2_guide` and
-    `run/3_config`. At the end `run/1_verdict`: the sentence of `results.json` over a table of all figures with their
-    step-0 values.
+    the run's options for the HParams tab, and two texts: `run/2_guide` and `run/3_config`. At the end
+    `run/1_verdict`: the sentence of `results.json` over a table of all figures with their step-0 values.
 
     Args:
         enabled: false writes none of it.
@@ -75,14 +74,11 @@ class TensorBoardReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is known before the first step; probes have measured step 0 by now."""
-        scores = sorted(name for name in _records(trainer) if is_knn(name) or is_linear(name) or is_dense(name))
-        scores += [name for name in ("reconstruction/psnr", "geometry/rank") if name in _records(trainer)]
-        start, metrics = run_options(trainer, pl_module), dict.fromkeys([*scores, "train/loss", "val/loss"], 0.0)
+        options = run_options(trainer, pl_module)
         for logger in self._loggers(trainer):
             writer = logger.experiment
             writer.add_custom_scalars(layout([*trainer.callback_metrics, *ALWAYS]))
-            for summary in _hparams(start, metrics)[:2]:  # the third says that the run is over
-                writer._get_file_writer().add_summary(summary)
+            writer._get_file_writer().add_summary(_hparams(options)[1])
             writer.add_text("run/2_guide", GUIDE, current_step(trainer))
             code = (f"    {line}" for line in _config(trainer, pl_module).splitlines())
             writer.add_text("run/3_config", "\n".join(code), current_step(trainer))
@@ -94,7 +90,7 @@ class TensorBoardReport(Callback):
             writer = logger.experiment
             if records:
                 writer.add_text("run/1_verdict", f"**{verdict(records)}**\n\n{table(records)}", current_step(trainer))
-            writer._get_file_writer().add_summary(_hparams({}, {})[2])
+            writer._get_file_writer().add_summary(_hparams({})[2])
 
     def _loggers(self, trainer: Trainer) -> list[TensorBoardLogger]:
         ours = self.enabled and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -144,11 +140,15 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _hparams(options: dict[str, Any], metrics: dict[str, float]) -> Any:
-    """Summaries for the HParams tab; values of the metrics are not among them, the tab reads the curves."""
+def _hparams(options: dict[str, Any]) -> Any:
+    """Summaries for the HParams tab: experiment, start and end of a run.
+
+    The first one is not written: TensorBoard would take that of one run for all. Without it the tab has the options of
+    all runs, those that differ first, and all curves as metrics.
+    """
     from torch.utils.tensorboard.summary import hparams  # takes a while: only where it is needed
 
-    return hparams(options, metrics)
+    return hparams(options, {})
 
 
 def _records(trainer: Trainer) -> dict[str, Record]:

@@ -32,42 +32,32 @@ def data_section(path: str, argument: str) -> dict[str, Any]:
     return section
 
 
-def laid_over(before: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """A `data` section over an earlier one, as `fit` does it: another class begins with its own arguments."""
-    path = section.get("class_path", before.get("class_path"))
-    same = path == before.get("class_path")
-    arguments = _merged(before.get("init_args") or {} if same else {}, section.get("init_args") or {})
-    return {"class_path": path, "init_args": arguments}
-
-
-def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(before)
-    for key, value in after.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "class_path" not in value
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
-
-
 def open_data(
-    given: str | Mapping[str, Any], options: Sequence[str], batch_size: int | None = None
+    sections: Sequence[Mapping[str, Any]], cls: str | None, options: Sequence[str], batch_size: int | None = None
 ) -> tuple[XScaleDataModule, str]:
-    """The data module of a class name or a `data` section, and its configuration as one line.
+    """The data module of `data` sections, a class and options, and its configuration as one line.
+
+    They are laid over one another in this order, as `fit` does it.
 
     Args:
-        given: name of the class, or `{class_path, init_args}`.
-        options: `--data.NAME VALUE`, over it.
+        sections: `{class_path, init_args}` of configurations, of the later ones what differs.
+        cls: name of the class.
+        options: `--data.NAME VALUE`.
         batch_size: of its loaders; what the configuration says if None.
 
     Raises:
         UserError: no such class, or arguments that it does not have.
     """
+    from jsonargparse import ActionConfigFile
+
     from xscale_lightning.commands import train  # its imports make the data modules known by their short names
     from xscale_lightning.commands.parser import Parser
 
-    text = given if isinstance(given, str) else json.dumps(given, default=str)
     parser = Parser()
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_subclass_arguments(train.XScaleDataModule, "data", required=True)
-    config = parser.parse_args(["--data", text, *options])
+    words = [word for part in sections for word in ("--config", json.dumps({"data": part}, default=str))]
+    config = parser.parse_args([*words, *(["--data", cls] if cls else []), *options])
     described = config.data.as_dict()
     for name in ("batch_size", "num_workers"):  # they decide nothing but the speed, or are said elsewhere
         described["init_args"].pop(name, None)

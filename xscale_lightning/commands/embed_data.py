@@ -28,8 +28,8 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     Raises:
         UserError: no such data, other bands than the model's, or other options than those of an interrupted try.
     """
-    given = data_section(args.data, "--data") if is_file(args.data) else args.data
-    data, description = open_data(given, args.data_options, args.batch_size)
+    sections, cls = ([data_section(args.data, "--data")], None) if is_file(args.data) else ([], args.data)
+    data, description = open_data(sections, cls, args.data_options, args.batch_size)
     if not same_bands(model.bands, data.bands):
         difference = model.bands.difference(data.bands) or "wavelengths or unit"
         raise UserError(

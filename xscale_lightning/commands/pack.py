@@ -69,8 +69,8 @@ def main(argv: list[str]) -> int:
     if args.out.exists() and not (args.overwrite and (args.out / INDEX).is_file()):
         remedy = "replace it with --overwrite" if (args.out / INDEX).is_file() else "it is no pack"
         raise UserError(f"OUT '{args.out}' exists; choose another folder ({remedy}).")
-    given = data_section(args.data, "--data") if is_file(args.data) else args.data
-    data, description = open_data(given, args.data_options, args.batch_size)
+    sections, cls = ([data_section(args.data, "--data")], None) if is_file(args.data) else ([], args.data)
+    data, description = open_data(sections, cls, args.data_options, args.batch_size)
     if data.downloads:
         data.prepare_data()
     splits = [split for split in args.splits if _has(data, split)]

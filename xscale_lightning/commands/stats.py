@@ -59,15 +59,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure, print the table and the YAML, write it where asked to."""
     args = parse(argv[1:])
-    from xscale_lightning.commands.data_module import choose_split, data_section, laid_over, open_data
+    from xscale_lightning.commands.data_module import choose_split, data_section, open_data
     from xscale_lightning.files import write_together
 
-    section: dict[str, Any] = {}
-    for path in args.config:
-        section = laid_over(section, data_section(path, "--config"))
-    if args.data:
-        section = laid_over(section, {"class_path": args.data})
-    data, _ = open_data(section, args.data_options, args.batch_size)
+    sections = [data_section(path, "--config") for path in args.config]
+    data, _ = open_data(sections, args.data, args.data_options, args.batch_size)
     if hasattr(data, "validity"):
         data.validity = True  # type: ignore[attr-defined]  # which pixels have data, beside the images
     _, dataset = choose_split(data, args.split)

