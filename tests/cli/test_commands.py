@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from xscale_lightning import __version__, cli
 from xscale_lightning.commands.parser import concise, import_methods
@@ -67,16 +68,35 @@ def test_doctor_fails_on_a_folder_that_cannot_be_written(capsys, tmp_path):
     assert "FAILED  run folder" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_schema_for_editors(tmp_path):
-    file = tmp_path / "schema.json"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, str]:
+    file = tmp_path_factory.mktemp("schema") / "schema.json"
     command = [sys.executable, "-m", "xscale_lightning.cli", "schema", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return file, done.stdout
+
+
+@pytest.mark.slow
+def test_schema_for_editors(written):
+    file, shown = written
     schema = json.loads(file.read_text())
     assert {"model", "data", "trainer", "knn", "seed_everything"} <= set(schema["properties"])
     assert all(name in json.dumps(schema) for name in ("mask_ratio", "samples_per_epoch", "max_epochs"))
-    assert list(tmp_path.iterdir()) == [file] and "yaml-language-server" in done.stdout
+    assert list(file.parent.iterdir()) == [file] and "yaml-language-server" in shown
+
+
+@pytest.mark.slow
+def test_the_schema_accepts_every_shipped_file_and_marks_unknown_names(written):
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the dev extra")
+    schema = json.loads(written[0].read_text())
+    valid = jsonschema.validators.validator_for(schema)(schema).is_valid
+    for file in (Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"):
+        if file.parent.name not in ("ablations", "bench"):  # those are of `sweep` and `bench`
+            assert valid(yaml.safe_load(file.read_text())), file
+    assert not valid({"trainer": {"max_epoch": 3}})
+    assert not valid({"model": {"class_path": "mae", "init_args": {"mask_ration": 0.5}}})
+    assert not valid({"data": {"class_path": "SampleScene", "init_args": {"imagesize": 3}}})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from xscale_lightning.commands import train
 from xscale_lightning.commands.parser import Parser, import_methods
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import told, write_bytes
+from xscale_lightning.methods.base import SSLModule
+from xscale_lightning.methods.discovery import method_entries
 
 listed = completions.get_all_subclass_paths
 
@@ -50,10 +52,47 @@ def fit_schema() -> dict[str, Any]:
     try:
         train.build(SchemaCLI)
     except _Built as built:
-        return built.args[0]
+        return loosened(built.args[0], short_names())
     finally:
         completions.get_all_subclass_paths = listed
     raise UserError("the installed jsonargparse gives no schema: install the version in requirements.lock.")
+
+
+def short_names() -> dict[str, list[str]]:
+    """Other names of a class, by its path: the announced ones of methods."""
+    names: dict[str, list[str]] = {}
+    for name, entry in method_entries().items():
+        names.setdefault(entry.value.replace(":", "."), []).append(name)
+    return names
+
+
+def is_method(path: str) -> bool:
+    """Whether a class path is that of a method or task."""
+    module, _, name = path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and issubclass(cls, SSLModule)
+
+
+def loosened(schema: Any, names: dict[str, list[str]]) -> Any:
+    """The schema for files that are laid over one another, and that name classes as people do.
+
+    A file may leave out what another one says, so nothing is required; a class goes by its path, its own name or an
+    announced name; a model may have `optional_args`.
+    """
+    if isinstance(schema, list):
+        return [loosened(part, names) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {
+        key: loosened(part, names) for key, part in schema.items() if key != "required" or isinstance(part, dict)
+    }
+    properties = changed.get("properties")
+    path = properties.get("class_path", {}).get("const") if isinstance(properties, dict) else None
+    if path:
+        properties["class_path"] = {"enum": [*names.get(path, []), path.rsplit(".", 1)[-1], path]}
+        if is_method(path):
+            properties["optional_args"] = {"type": "object"}
+    return changed
 
 
 def main(argv: list[str]) -> None:
