@@ -106,9 +106,7 @@ def test_stages_go_on_inside_a_stage_and_between_two(command, capsys):
     for run in command.runs():
         run.rename(command.folder / "straight")
     command.killed_at(3, *LAST, stages=stages)  # inside stage 1
-    command.killed_at(4, *LAST, stages=stages)
     command.killed_at(0, *LAST, stages=stages)  # stage 1 is finished; stage 2 has begun and saved nothing
-    command.killed_at(6, *LAST, stages=stages)
     assert command.fit(*LAST, stages=stages) == 0
     straight, rows = command.rows("straight"), command.rows()
     assert len(straight) == 13 and set(rows) == set(straight)
