@@ -198,7 +198,10 @@ class FiniteGuard(Callback):
         if self._waiting is not None:
             self._resolve(trainer, pl_module)
         if self.skipped and not self.updates and self._stop is None:
-            self._stop = f"no update of this run was finite: all {self.skipped} were skipped (guard); see {PAGE}#the-loss-is-not-a-number."
+            self._stop = (
+                f"no update of this run was finite: all {self.skipped} were skipped (guard); "
+                f"see {PAGE}#the-loss-is-not-a-number."
+            )
         if self._stop is not None:
             raise UserError(self._stop)
 
