@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,6 +98,7 @@ def test_evaluation_of_the_last_checkpoint(command, capsys):
     assert json.loads(results.read_text())["steps"] == 4
 
 
+@pytest.mark.slow
 def test_stages_go_on_inside_a_stage_and_between_two(command, capsys):
     stages = [
         {"name": "one", "config": {"trainer": {"max_epochs": 1}}},
