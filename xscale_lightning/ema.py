@@ -40,9 +40,11 @@ class EMA(nn.Module):
         ours, theirs = _local(self.module), _local(student)
         if skip is None:
             torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
-        else:  # known on the device only
+        else:  # known on the device only; a lerp by a tensor would be a kernel per parameter, this is three in all
             weight = (1.0 - momentum) * (1.0 - skip.to(ours[0].device).flatten()[0])
-            torch._foreach_lerp_(ours, theirs, [weight.to(tensor.dtype) for tensor in ours])
+            moves = torch._foreach_sub(theirs, ours)
+            torch._foreach_mul_(moves, weight.to(ours[0].dtype))
+            torch._foreach_add_(ours, moves)
         for mine, other in zip(self.module.buffers(), student.buffers(), strict=True):
             mine.copy_(other)
 

@@ -150,11 +150,7 @@ def test_damaged_and_foreign_exports_are_named(checkpoint, tmp_path):
         ("config.json", "{", "cannot be read"),
         ("config.json", "{}", "was not written by xscale"),
         ("config.json", config.replace('"format": 1', '"format": 9'), "has format 9"),
-        (
-            "config.json",
-            config.replace('"mlp_ratio": 4.0', '"mlp_ratio": 2.0'),
-            "'xscale' in its config.json is not as",
-        ),
+        ("config.json", config.replace('"mlp_ratio": 4.0', '"mlp_ratio": 2.0'), "in its config.json is not as"),
         ("bands.json", "{}", "its bands.json is not as it was written"),
         ("model.safetensors", "x", "its model.safetensors is not as it was written"),
         ("config.json", early.replace('"mlp_ratio": 4.0', '"mlp_ratio": 2.0'), "is not of its config.json"),

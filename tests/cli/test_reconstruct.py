@@ -223,7 +223,7 @@ def test_the_image_is_never_overwritten(run, checkpoint, tmp_path):
 
 def test_nothing_half_written(run, checkpoint, tmp_path, monkeypatch):
     image = write(tmp_path / "image.tif", values())
-    monkeypatch.setattr(os, "fdopen", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(run(checkpoint, image), "No space left")
 
 

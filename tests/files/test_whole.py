@@ -3,13 +3,12 @@
 import errno
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from xscale_lightning import cli, files, unwritten
+from xscale_lightning import files, unwritten
 from xscale_lightning.commands.journal import JOB, Journal
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import save_tensors, told, whole, write_bytes, write_json, write_together
@@ -105,8 +104,3 @@ def test_what_is_lost_is_told_once_at_once_and_at_the_end(capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "xscale: error: ... and 1 more files are not written"
     unwritten.forget()
     assert unwritten.tell() == 0 and not capsys.readouterr().err
-
-
-def test_a_schema_is_not_half_written(tmp_path, capsys):
-    assert cli.main(["schema", str(tmp_path / "none" / "x.json")]) == 2
-    assert "cannot be written" in capsys.readouterr().err and not Path(tmp_path / "none").exists()

@@ -95,7 +95,7 @@ EVIL = {
     "system": lambda trace: Call(os.system, f"touch {trace}"),
     "mkdir": lambda trace: Call(os.mkdir, str(trace)),
     "eval": lambda trace: Call(eval, f"open({str(trace)!r}, 'w')"),
-    "getattr": lambda trace: Call(getattr, os, "sep"),
+    "getattr": lambda trace: Call(getattr, "", "join"),
     "import": lambda trace: Call(__import__, "antigravity"),
     "loads": lambda trace: Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(trace)))),
     "apply": lambda trace: Call(torch.load, str(trace)),
@@ -156,11 +156,11 @@ def opcodes(path: Path, good: Path, pickled: bytes) -> Path:
         b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93\x8c\x01a\x85R.",
         b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2^31 places
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes of 2^63
-        b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",  # nested
+        b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".",  # nested
         b"\x80\x02]q\x00h\x00a.",  # a list that holds itself
-        b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(100)) + b".",  # a billion laughs
+        b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(100)) + b".",  # laughs
         b"\x80\x02)" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(100)) + b"}(.",
-        b"\x80\x02}" + b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(100)) + b"Ks.",  # hashed for ever
+        b"\x80\x02}" + b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(100)) + b"K\x01s.",  # hashed
         b"\x80\x02.",
         b"",
         b"\x80\x02N" + b"0" * 50 + b".",
@@ -326,7 +326,7 @@ def test_parts_of_other_types(tmp_path, good, name, value):
 
 def test_weights_that_name_more_blocks_than_they_have(tmp_path):
     state = {"patch_embed.proj.weight": torch.zeros(768, 3, 16, 16), "blocks.0.mlp.fc1.weight": torch.zeros(3072, 1)}
-    state |= {f"blocks.{i}.x": torch.zeros(1) for i in range(3000)}
+    state |= {f"blocks.{i}.x": torch.zeros(1) for i in range(1000)}
     torch.save(state, tmp_path / "x.pth")
     assert "blocks" in refused(tmp_path / "x.pth", [lambda: load_encoder(tmp_path / "x.pth")])
     for shape in ((), (4,), (0, 0, 0, 0), (4, 3, 16)):

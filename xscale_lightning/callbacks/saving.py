@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from xscale_lightning import opening, unwritten
+from xscale_lightning.errors import UserError
 from xscale_lightning.files import free_space, is_full, size, whole
+from xscale_lightning.records import check_state
 
 # What `ModelCheckpoint` says of its files; a save that failed leaves it as it was.
 LISTED = (
@@ -43,7 +45,7 @@ class CheckpointFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         step, file = int(checkpoint.get("global_step") or 0), Path(path)
-        writer = _Writer()
+        writer: Any = _Writer()  # torch wants no more of a file than that
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole(file) as part, part.open("wb") as opened:
@@ -77,7 +79,11 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         if not weights_only or _is_remote(path):
             return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
-        return opening.load_torch(path, what="checkpoint", map_location=map_location)
+        checkpoint = opening.load_torch(path, what="checkpoint", map_location=map_location)
+        if not isinstance(checkpoint, dict):
+            raise UserError(f"{str(path)!r} is no training checkpoint: it is a {type(checkpoint).__name__}.")
+        check_state(checkpoint, str(path))
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a file, unless the one that was to take its place is not there."""

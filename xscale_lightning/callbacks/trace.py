@@ -70,7 +70,7 @@ def digest(values: Iterable[Tensor]) -> str:
     """Short hash of the bits of tensors."""
     total = hashlib.blake2b(digest_size=8)
     for value in values:
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -193,7 +193,7 @@ def differs(saved: Mapping[str, Any], now: Mapping[str, Any], fitting: bool = Tr
     before, after = saved.get("stages") or [], now.get("stages") or []
     names = [[stage["name"] for stage in stages] for stages in (before, after)]
     if names[0] != names[1]:
-        return ("stages", *names)
+        return "stages", names[0], names[1]
     parts = [(saved, now)]
     for one, two in zip(before, after, strict=True):
         parts += [({**one, "config": None}, {**two, "config": None}), (one["config"], two["config"])]

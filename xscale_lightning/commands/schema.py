@@ -88,7 +88,7 @@ def loosened(schema: Any, names: dict[str, list[str]]) -> Any:
     }
     properties = changed.get("properties")
     path = properties.get("class_path", {}).get("const") if isinstance(properties, dict) else None
-    if path:
+    if isinstance(properties, dict) and path:
         properties["class_path"] = {"enum": [*names.get(path, []), path.rsplit(".", 1)[-1], path]}
         if is_method(path):
             properties["optional_args"] = {"type": "object"}

@@ -1,6 +1,7 @@
 """Where a resumed run goes on: in the epoch and at the batch that come after those of its checkpoint."""
 
 import warnings
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
@@ -12,7 +13,7 @@ from xscale_lightning.data.samplers import begin_inside
 def position(trainer: Trainer) -> tuple[int, int]:
     """`(epoch, batches of it that are done)`, once the Trainer has its loops' state (`on_train_start`)."""
     fit, inner = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    epoch = fit.epoch_progress.current
+    epoch: Any = fit.epoch_progress.current
     if epoch.ready == epoch.processed:  # between two epochs
         return epoch.processed, 0
     batches = inner.batch_progress.current
@@ -30,9 +31,10 @@ def go_on(trainer: Trainer) -> None:
     if fetcher is None or not loop.is_resuming:
         return
     epoch, batch = position(trainer)
-    if batch == 0 and loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-            progress.completed = progress.processed
+    current: Any = loop.epoch_progress.current
+    total: Any = loop.epoch_progress.total
+    if batch == 0 and current.ready == current.processed:
+        current.completed, total.completed = current.processed, total.processed
         loop.reset_restart_stage()
         loop.epoch_loop.reset_restart_stage()
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # its own setter says True under `max_steps`

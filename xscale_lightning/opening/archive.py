@@ -96,6 +96,8 @@ def _check_archive(archive: zipfile.ZipFile, length: int, names: tuple[str, ...]
     records = archive.infolist()
     if not records or len(records) > MAX_RECORDS:
         raise Refused(f"its archive has {len(records)} records")
+    if any("/code/" in record.filename or record.filename.endswith("/constants.pkl") for record in records):
+        raise Refused("it is a TorchScript archive, which is a program", code=True)
     found: dict[str, zipfile.ZipInfo] = {}
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
@@ -112,8 +114,6 @@ def _check_archive(archive: zipfile.ZipFile, length: int, names: tuple[str, ...]
     if len(roots) != 1 or archive.comment:
         raise Refused("its archive is not laid out as torch's are")
     root = roots.pop()
-    if any(name.startswith((f"{root}/code/", f"{root}/constants.pkl")) for name in found):
-        raise Refused("it is a TorchScript archive, which is a program", code=True)
     if f"{root}/data.pkl" not in found:
         raise Refused("torch writes another format")
     _check_places(archive, records, length)

@@ -9,7 +9,7 @@ import io
 import math
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -73,9 +73,9 @@ class Reader:
         memo: dict[int, Any] = {}
         steps = 0
         try:
-            for opcode, argument, _ in pickletools.genops(content):
+            for opcode, given, _ in pickletools.genops(content):
                 steps += 1
-                name = opcode.name
+                name, argument = opcode.name, cast(Any, given)
                 if name == "STOP":
                     return stack.pop()
                 if name == "MARK":

@@ -1,5 +1,6 @@
 """The encoder of a weights file from elsewhere: timm's names (MAE's among them), or those of a published method."""
 
+import re
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -27,6 +28,9 @@ SIGNS = {
 }
 # What wraps a timm-style encoder in files of other programs.
 PREFIXES = ("", "backbone.", "encoder.", "model.", "module.")
+# Tensors with as many rows as an encoder or a decoder is wide.
+WIDTHS = ("embed.proj.weight", "decoder_embed.weight", "decoder.embed.weight", "predictor_embed.weight")
+ROOM = 10_000_000  # numbers that a small encoder may have in addition
 _FILTERS, _FIRST = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
 
 
@@ -58,14 +62,26 @@ def read_foreign(path: Path, reader: str | None, chans: int | None) -> tuple[Enc
 def _read(state: State, kind: str, path: str, chans: int | None) -> tuple[Encoder, BackboneConfig, list[str]]:
     if kind == "timm":
         return read_timm(state, path)
-    with torch.device("meta"):  # a module without memory: how large would it be?
-        wanted = sum(tensor.numel() for tensor in _published(state, kind, chans).state_dict().values())
-    if wanted > 4 * sum(tensor.numel() for tensor in state.values()):
-        raise UserError(f"init_from {path!r} has not the tensors of as many blocks as it names.")
+    _check_size(state, path)
     module = _published(state, kind, chans)
     encoder: Encoder = module.feature_encoder
     rest = len(module.state_dict()) - len(encoder.state_dict())
     return encoder, module.backbone_config, [f"{rest} tensors of {type(module).__name__} beside its encoder"]
+
+
+def _check_size(state: State, path: str) -> None:
+    """Refuse a file that names far more or wider blocks than it has numbers for.
+
+    Raises:
+        UserError: it does, or it has tensors without numbers.
+    """
+    blocks = {found[0] for name in state if (found := re.match(r".*?\.?\d+\.", name))}
+    widths = [len(value) for name, value in state.items() if name.endswith(WIDTHS) and value.ndim]
+    numbers = sum(value.numel() for value in state.values())
+    empty = [name for name, value in state.items() if not value.numel()]
+    if empty or len(blocks) * 12 * max(widths, default=0) ** 2 > 16 * numbers + ROOM:
+        what = f"tensor {empty[0]!r} is empty" if empty else f"{len(blocks)} blocks of width {max(widths)}"
+        raise UserError(f"init_from {path!r} has not the numbers of the encoder it describes: {what}.")
 
 
 def _published(state: State, kind: str, chans: int | None) -> SSLModule:
@@ -110,6 +126,11 @@ def read_timm(state: Mapping[str, Tensor], source: str) -> tuple[Encoder, Backbo
         state.pop("pos_embed", None)
     elif table is not None and prefix and table.shape[1] == side * side:  # the class token has no position
         state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+    lacking = [i for i in range(config.depth or 0) if f"blocks.{i}.attn.qkv.weight" not in state]
+    if lacking:
+        raise UserError(
+            f"init_from {source!r} names {config.depth} blocks and lacks 'blocks.{lacking[0]}.attn.qkv.weight'."
+        )
     with torch.device("meta"):  # an encoder without memory: how large would it be?
         wanted = sum(tensor.numel() for tensor in config.build(chans).state_dict().values())
     if wanted > 2 * sum(tensor.numel() for tensor in state.values()):
