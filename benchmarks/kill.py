@@ -2,72 +2,35 @@
 
     python benchmarks/kill.py --kills 5 --output kill
 
-For every case (a method, with or without worker processes, accumulated gradients, validation inside the epoch, stages)
-the command `xscale fit` runs once to its end. Then the same command with `--ckpt_path last` is started, killed with
-SIGKILL at a random moment, every third time while a checkpoint is being written, and started again, until it has been
-killed often enough; the last start may finish. Both write a trace (`xscale_lightning.callbacks.Trace`): per batch the
-loss and the learning rate as hexadecimal floats, hashes of the images, of the generator after the step, and of
-weights, target networks and AdamW's moments. Every line of the killed run, also of batches that were run again, has to
-be the line of the straight one. Prints a line per case and exits with 1 if any differs or a process is left behind.
+For every case (a method, with or without worker processes, accumulated gradients, validation inside the epoch, pairs,
+scenes, stages) the command `xscale fit` runs once to its end. Then the same command with `--ckpt_path last` is started,
+killed with SIGKILL, and started again, until it has been killed often enough; the last start may finish. In turn it is
+killed after a random number of batches, at a random second (also while it starts, measures step 0 or goes from stage to
+stage), and while a checkpoint is being written.
+
+Both write a trace (`xscale_lightning.callbacks.Trace`): per batch the loss and the learning rate as hexadecimal floats,
+hashes of the images, of the generator after the step, and of weights, target networks and AdamW's moments. Every line
+of the killed run, also of batches that were run again, has to be the line of the straight one. At the end the figures
+of `results.json` and everything in `last.ckpt` are compared, too, but for paths and seconds. Prints a line per case,
+adds it to `results/kill.json` if asked to, and exits with 1 if anything differs or a process is left behind.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import yaml
+import kill_cases
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SMALL = {
-    "model": {
-        "optional_args": {
-            "decoder_dim": 32,
-            "decoder_depth": 1,
-            "decoder_heads": 2,
-            "head_dim": 64,
-            "predictor": {"dim": 24, "depth": 1, "num_heads": 3},
-        },
-        "init_args": {"backbone": {"dim": 48, "depth": 2, "num_heads": 3, "image_size": 32}},
-    },
-    "data": {"init_args": {"image_size": 32, "batch_size": 8, "samples_per_epoch": 104}},  # 13 batches
-    "trainer": {"max_epochs": 3, "precision": "32-true", "accelerator": "cpu", "log_every_n_steps": 1},
-    "checkpoint": {"minutes": 0.001},
-    "knn": {"every_n_epochs": 0, "max_train": 64, "max_test": 32},
-    "geometry": {"every_n_epochs": 0, "max_samples": 32},
-    "pictures": {"every_n_epochs": 0, "num_images": 1, "num_score_images": 8},
-    "affinity": {"every_n_epochs": 0},
-}
-STAGES = [
-    {"name": "one", "config": {"trainer": {"max_epochs": 2}}},
-    {"name": "two", "optimizer": "carry", "config": {"data": {"init_args": {"batch_size": 16}}}},
-]
-CASES = {
-    "mae": ("mae", {}),
-    "mae_workers_accumulate": (
-        "mae",
-        {
-            "data": {"init_args": {"num_workers": 2}},
-            "trainer": {"accumulate_grad_batches": 3, "val_check_interval": 5},
-            "checkpoint": {"every_n_train_steps": 2},
-        },
-    ),
-    "latent_mim": (
-        "latent_mim",
-        {
-            "model": {"init_args": {"backbone": {"image_size": 64}}},  # its mask leaves nothing of 16 tokens
-            "data": {"init_args": {"image_size": 64, "num_workers": 2}},
-        },
-    ),
-    "ijepa": ("ijepa", {"trainer": {"accumulate_grad_batches": 2}}),
-    "s2mae": ("s2mae", {"trainer": {"val_check_interval": 4}}),
-    "s2mae_stages": ("s2mae", {"stages": STAGES}),
-}
+FIGURES = ("status", "metrics", "losses", "steps", "images_seen")  # of results.json
 
 
 class Process:
@@ -75,13 +38,12 @@ class Process:
 
     def __init__(self, arguments: list[str], log: Path, fork: bool) -> None:
         """Start it."""
-        self.fork = fork
         sys.stdout.flush()
         if not fork:
             command = [sys.executable, "-m", "xscale_lightning.cli", *arguments]
-            self.pid = subprocess.Popen(
-                command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
-            ).pid
+            with log.open("ab") as file:
+                child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            self.pid = child.pid
             return
         self.pid = os.fork()
         if self.pid == 0:  # the imports of the parent are there already
@@ -118,7 +80,7 @@ class Process:
         """Processes of its session that are still there after a while: workers look for their parent every 5 s."""
         end = time.monotonic() + seconds
         while (found := in_session(self.pid)) and time.monotonic() < end:
-            time.sleep(0.2)
+            time.sleep(0.1)
         return found
 
 
@@ -145,16 +107,72 @@ def unfinished(folder: Path) -> set[Path]:
     return set(folder.glob("**/checkpoints/.*.part"))
 
 
-def run_case(name: str, kills: int, folder: Path, draw: random.Random, fork: bool) -> bool:
-    """Run one case; returns whether both runs are equal and nothing was left behind."""
+def plain(value: Any, key: str = "") -> Any:
+    """Content of a checkpoint without what two equal runs differ in: seconds, and the folders that they write to."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), hashlib.blake2b(bits, digest_size=8).hexdigest()
+    if isinstance(value, Mapping):
+        return {plain(name): plain(part, str(name)) for name, part in value.items() if name != "seconds"}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if key == "dirpath":
+        return None
+    return Path(value).name if isinstance(value, str) and os.sep in value else value
+
+
+def ends(folder: Path) -> dict[str, Any]:
+    """Figures and last checkpoint of a run, of every stage if it has some."""
+    import torch
+
+    found = {}
+    for path in sorted(folder.glob("**/results.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        place = path.parent.name if path.parent.name.startswith("stage_") else "run"
+        found[place] = {name: content[name] for name in FIGURES}
+        state = torch.load(path.parent / "checkpoints" / "last.ckpt", weights_only=True)
+        found[f"{place}/last.ckpt"] = plain(state)
+    return found
+
+
+def first_difference(one: Any, two: Any, name: str = "") -> str | None:
+    """Where two plain contents differ; None if they are equal."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        parts = [(f"{name}/{key}", one.get(key), two.get(key)) for key in {**one, **two}]
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        parts = [(f"{name}/{number}", *pair) for number, pair in enumerate(zip(one, two, strict=True))]
+    else:
+        return None if one == two else f"{name}: {one} and {two}"
+    return next((found for key, *pair in parts if (found := first_difference(*pair, key))), None)
+
+
+def kill_once(
+    process: Process, moment: str, folder: Path, draw: random.Random, length: tuple[int, float]
+) -> int | None:
+    """Kill a process at a moment of a kind; its exit code if it was done before."""
+    (batches, seconds), trace, stale = length, folder / "killed.txt", unfinished(folder / "killed")
+    if moment == "second":
+        end = time.monotonic() + draw.random() * seconds
+        code = process.wait(lambda: time.monotonic() >= end)
+    else:
+        target = lines(trace) + draw.randint(1, batches)
+        code = process.wait(lambda: lines(trace) >= target)
+        if code is None and moment == "write":
+            code = process.wait(lambda: bool(unfinished(folder / "killed") - stale), pause=0.0)
+        elif code is None:
+            time.sleep(draw.random() * 0.1)
+    if code is None:
+        process.kill()
+    return code
+
+
+def run_case(name: str, kills: int, folder: Path, seed: int, fork: bool) -> dict[str, Any]:
+    """Run one case; what came out."""
     from xscale_lightning.callbacks.trace import read_rows
 
-    folder.mkdir(parents=True)
-    method, extra = CASES[name]
-    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    (folder / "case.yaml").write_text(yaml.safe_dump(extra))
-    files = [CONFIGS / f"{method}.yaml", CONFIGS / "quickstart.yaml", folder / "small.yaml", folder / "case.yaml"]
-    arguments = ["fit", *(word for file in files for word in ("--config", str(file)))]
+    arguments, draw = kill_cases.arguments(name, folder), random.Random(f"{name} {seed}")
 
     def command(kind: str) -> list[str]:
         return [*arguments, "--output", str(folder / kind), "--trace.file", str(folder / f"{kind}.txt")]
@@ -162,57 +180,74 @@ def run_case(name: str, kills: int, folder: Path, draw: random.Random, fork: boo
     begun = time.monotonic()
     code = Process(command("straight"), folder / "straight.log", fork).wait(pause=0.02)
     if code != 0:
-        print(f"{name}: the straight run ended with {code}: see {folder / 'straight.log'}")
-        return False
-    straight = read_rows(folder / "straight.txt")
-    seconds = time.monotonic() - begun
+        raise SystemExit(f"{name}: the straight run ended with {code}: see {folder / 'straight.log'}")
+    seconds, straight = time.monotonic() - begun, read_rows(folder / "straight.txt")
     trace, killed, writing, strays = folder / "killed.txt", 0, 0, list[int]()
-    again, code, total = [*command("killed"), "--ckpt_path", "last"], None, len(straight)
+    again, code = [*command("killed"), "--ckpt_path", "last"], None
+    length = (max(2, len(straight) // max(kills, 1)), 0.6 * seconds)
     while code is None:
         stale = unfinished(folder / "killed")
         process = Process(again, folder / "killed.log", fork)
         if killed == kills:
             code = process.wait(pause=0.02)
-            strays += process.left_behind()
-            break
-        target, while_writing = lines(trace) + draw.randint(1, max(2, total // max(kills, 1))), killed % 3 == 2
-        code = process.wait(lambda target=target: lines(trace) >= target)
-        if code is None and while_writing:
-            code = process.wait(lambda stale=stale: bool(unfinished(folder / "killed") - stale), pause=0.0)
-        if code is not None:
-            break  # it finished before its turn
-        time.sleep(0.0 if while_writing else draw.random() * 0.1)
-        process.kill()
-        killed, writing = killed + 1, writing + bool(unfinished(folder / "killed") - stale)
+        else:
+            code = kill_once(process, ("batch", "second", "write")[killed % 3], folder, draw, length)
+            killed, writing = killed + (code is None), writing + bool(unfinished(folder / "killed") - stale)
         strays += process.left_behind()
     rows = read_rows(trace)
-    wrong = [row for row in rows if row not in set(straight)]
-    missing = [row for row in straight if row not in set(rows)]
-    equal = code == 0 and not wrong and not missing
-    print(
-        f"{name}: {'equal' if equal and not strays else 'DIFFERENT'}; killed {killed} times, {writing} of them while a "
-        f"checkpoint was being written; {len(straight)} batches, {len(rows) - len(straight)} run again; "
-        f"exit code {code}; {len(wrong)} wrong and {len(missing)} missing lines; {len(strays)} processes left behind; "
-        f"straight run {seconds:.0f} s",
-        flush=True,
-    )
-    return equal and not strays
+    wrong, missing = set(rows) - set(straight), set(straight) - set(rows)
+    end = first_difference(ends(folder / "straight"), ends(folder / "killed")) if code == 0 else "it did not end"
+    return {
+        "seed": seed,
+        "kills": killed,
+        "kills_while_writing": writing,
+        "batches": len(straight),
+        "lines_compared": len(rows),
+        "wrong_lines": len(wrong),
+        "missing_lines": len(missing),
+        "end_differs_in": end,
+        "exit_code": code,
+        "left_behind": len(strays),
+        "started_by": "fork" if fork else "command line",
+        "straight_seconds": round(seconds, 1),
+    }
+
+
+def is_equal(found: Mapping[str, Any]) -> bool:
+    """Whether a case came out as it has to."""
+    bad = ("wrong_lines", "missing_lines", "end_differs_in", "exit_code", "left_behind")
+    return not any(found[name] for name in bad)
 
 
 def main() -> int:
     """Run the cases that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5, help="kills per case")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--output", type=Path, default=Path("kill"), help="a folder that does not exist yet")
+    parser.add_argument("--cases", nargs="+", choices=list(kill_cases.CASES), default=list(kill_cases.CASES))
+    parser.add_argument("--output", type=Path, default=Path("kill"), help="a folder that has none of the cases yet")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--fork", action="store_true", help="import once and fork: faster, the same code from there on")
+    parser.add_argument("--results", help="folder of a kill.json to add what came out to; by default none is written")
     options = parser.parse_args()
     if options.fork:
         import xscale_lightning.commands.stages  # noqa: F401 (before the first fork)
-    draw = random.Random(options.seed)
-    good = [run_case(name, options.kills, options.output / name, draw, options.fork) for name in options.cases]
-    return 0 if all(good) else 1
+    good = True
+    for name in options.cases:
+        found = run_case(name, options.kills, options.output / name, options.seed, options.fork)
+        good &= is_equal(found)
+        print(f"{name}: {'equal' if is_equal(found) else 'DIFFERENT'}; {json.dumps(found)}", flush=True)
+        if options.results:
+            record(name, found, options.results)
+    return 0 if good else 1
+
+
+def record(name: str, found: dict[str, Any], folder: str) -> None:
+    """Add what came out, with machine and date, to what is there."""
+    import torch
+    from common import environment, merge_result
+
+    key = f"seed {found['seed']}, {found['kills']} kills, by {found['started_by']}"
+    merge_result("kill", (name, key), {**found, **environment(torch.device("cpu"))}, folder)
 
 
 if __name__ == "__main__":

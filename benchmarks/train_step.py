@@ -27,6 +27,8 @@ from ours import Step, count_flops, resized, variants
 from references import ReferenceStep
 from sizes import METHODS, SIZES, Size
 
+from xscale_lightning.allocator import keep_freed_memory
+
 STEPS_FOR_MEMORY = 2
 
 
@@ -128,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = torch.device(args.device), common.DTYPES[args.dtype]
     if args.threads:
         torch.set_num_threads(args.threads)
+    if device.type == "cpu":  # as in `fit`; the reference in the same process has it, too
+        keep_freed_memory()
     if args.scaling:
         scaling.run(args.methods, args.axes.split(","), device, args.seconds, args.only, args.output)
         return

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from xscale_lightning import checkpoints
+from xscale_lightning.allocator import keep_freed_memory
 from xscale_lightning.data.bands import Bands, generic
 from xscale_lightning.data.views import Views
 from xscale_lightning.ema import EMA
@@ -205,6 +206,8 @@ class SSLModule(CheckedModule):
     def on_fit_start(self) -> None:
         """Start from the weights of `init_from`, unless the run is resumed."""
         self.initialise()
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def initialise(self, frozen: bool = False) -> None:
         """Take the weights of `init_from`, if it is given; only once. `frozen` takes the statistics of its bands, too.
