@@ -89,6 +89,20 @@ def test_a_part_of_a_journal_is_whole_and_the_others_stay(tmp_path, full):
     assert JOB == "job.json"
 
 
+def test_a_journal_that_begins_anew_or_is_finished_leaves_nothing_else(tmp_path):
+    work = Journal(tmp_path / "out.parts", {"a": 1}).folder
+    for name in ("old.npy", "old.npz", "old.json", ".x.part"):
+        (work / name).write_bytes(b"")
+    journal = Journal(work, {"a": 2}, restart=True)
+    assert {path.name for path in work.iterdir()} - {".lock"} == {JOB}
+    for name in ("new.npy", ".y.part"):
+        (work / name).write_bytes(b"1")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "replaced").write_bytes(b"")
+    journal.become(tmp_path / "out", {"new.npy"})
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/new.npy"]
+
+
 def test_json_of_numbers_that_are_not_finite(tmp_path):
     write_json({"a": float("nan"), "b": (1.0, float("inf"))}, tmp_path / "new" / "x.json")
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": None, "b": [1.0, None]}

@@ -186,6 +186,12 @@ def test_a_file_of_another_program_is_refused(tmp_path):
     torch.save({"format": 3}, path)
     with pytest.raises(UserError, match="not written by"):
         read_record(path)
+    torch.save({"format": "xscale guard 1", "batch": []}, path)
+    with pytest.raises(UserError, match="'batch' is damaged"):
+        read_record(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not opened"):
+        read_record(path)
 
 
 def test_its_state_travels_in_the_checkpoint(tmp_path):

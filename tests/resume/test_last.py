@@ -10,7 +10,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xscale_lightning import cli
-from xscale_lightning.commands.resume import differs, first_difference, named_run, newest_checkpoint
+from xscale_lightning.commands.resume import (
+    differs,
+    first_difference,
+    is_finished_run,
+    named_run,
+    newest_checkpoint,
+    runs_of,
+)
 
 LAST = ("--ckpt_path", "last")
 
@@ -131,6 +138,32 @@ def test_differences_of_configurations():
     staged = {**one, "stages": [{"name": "s", "config": {"a": [1, 2]}}]}
     assert differs(staged, {**one, "stages": [{"name": "s", "config": {"a": [1, 3]}}]}) == ("a", 2, 3)
     assert first_difference({"a": [1]}, {"a": [1, 2]}) == ("a", [1], [1, 2])
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "3", '{"command": ["fit"], "status": {}}', "\0", '{"command": "fit", "status": NaN}']
+)
+def test_results_that_are_damaged_are_those_of_no_finished_run(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    assert not is_finished_run(tmp_path, {})
+    (tmp_path / "results.json").write_text('{"command": "fit", "status": "finished"}')
+    assert is_finished_run(tmp_path, {})
+
+
+def test_configurations_that_are_damaged_are_those_of_no_run(tmp_path):
+    one = {"model": {"class_path": "a"}, "trainer": {"max_epochs": 3}}
+    wrong = {
+        "aliases": "model: {class_path: a}\nx: &x [1, 1]\n" + "".join(f"y{i}: &x [*x, *x]\n" for i in range(40)),
+        "deep": "{model: {class_path: a}, trainer: " + "[" * 100_000,
+        "tag": "model: !!python/object/apply:os.system [a]\ntrainer: {}\n",
+        "model": "model: [class_path, a]\ntrainer: {}\n",
+        "trainer": "model: {class_path: a}\ntrainer: 3\n",
+        "stages": yaml.safe_dump({**one, "stages": [{"name": ["a"], "config": one}]}),
+    }
+    for name, text in {**wrong, "whole": yaml.safe_dump(one)}.items():
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "config.yaml").write_text(text)
+    assert [path.name for path, _ in runs_of(tmp_path, one)] == ["whole"]
 
 
 def test_a_configuration_that_only_has_the_name_is_no_run(tmp_path: Path):

@@ -2,8 +2,6 @@
 
 import math
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,16 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.measure import mix_seed
+from xscale_lightning.opening import load_torch
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
 
 FORMAT = "xscale guard 1"
+_KEYS = {
+    **{"batch": Mapping, "precision": str, "samples": list, "parameters": list, "step": int},
+    **dict.fromkeys(("total_batch_idx", "rank", "seed"), int),
+}
 _TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -41,19 +44,18 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, damaged, or of another program.
     """
-    problem = None
-    try:
-        if not zipfile.is_zipfile(path):
-            problem = "it is missing or no file of the guard"
+    problem = ""
+    if not Path(path).is_file():
+        problem = "it is missing"
+    else:
+        record = load_torch(path, "--replay")
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            problem = "it was not written by the finite guard"
+        elif wrong := [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]:
+            problem = f"its {wrong[0]!r} is damaged"
         else:
-            record = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        problem = str(error).split("\n")[0]
-    if problem is None and (not isinstance(record, Mapping) or record.get("format") != FORMAT):
-        problem = "it was not written by the finite guard"
-    if problem is not None:
-        raise UserError(f"--replay {str(path)!r} cannot be used: {problem}; give RUN/guard/step_....pt.")
-    return dict(record)
+            return dict(record)
+    raise UserError(f"--replay {str(path)!r} cannot be used: {problem}; give RUN/guard/step_....pt.")
 
 
 def replay(module: "SSLModule", record: Mapping[str, Any]) -> Replay:

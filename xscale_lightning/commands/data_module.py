@@ -32,6 +32,17 @@ def data_section(path: str, argument: str) -> dict[str, Any]:
     return section
 
 
+def data_sections(paths: Sequence[str], argument: str) -> list[dict[str, Any]]:
+    """The `data` sections of configurations that are laid over one another; those that have none are passed over.
+
+    Raises:
+        UserError: no such file, or none of them has one.
+    """
+    contents = [read_yaml(path, f"{argument} '{path}'") for path in paths]
+    having = [path for path, part in zip(paths, contents, strict=True) if isinstance(part, dict) and part.get("data")]
+    return [data_section(path, argument) for path in having or paths]
+
+
 def open_data(
     sections: Sequence[Mapping[str, Any]], cls: str | None, options: Sequence[str], batch_size: int | None = None
 ) -> tuple[XScaleDataModule, str]:

@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
+from xscale_lightning.commands.data_module import data_sections, open_data
 from xscale_lightning.data.inspection import Finding, check_file
 from xscale_lightning.data.inventory import Item, items_of
 from xscale_lightning.errors import UserError
@@ -28,30 +27,6 @@ KINDS = (
 MAJORITY = 0.8  # share of the files that must agree before the others are told
 FAR = 8.0  # times larger or smaller than the median, and as many deviations off it
 _NAMED = 3
-
-
-def open_data(options: Sequence[str], configs: Sequence[str]) -> Any:
-    """The data module of a command line: `--data CLASS --data.x ...` over the data sections of configurations.
-
-    Raises:
-        UserError: no data, no such file, or arguments that the class does not have.
-    """
-    from xscale_lightning.commands import train  # its imports make the data modules known by their short names
-    from xscale_lightning.commands.parser import Parser, load_yaml
-
-    given = []
-    for path in configs:
-        try:
-            content = load_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config '{path}' cannot be read: {str(error).splitlines()[0]}") from None
-        if isinstance(content, dict) and content.get("data"):
-            given += ["--data", json.dumps(content["data"], default=str)]
-    if not given and not any(word.split("=")[0].split(".")[0] == "--data" for word in options):
-        raise UserError("--data: give the data as for fit, --data SceneFolder --data.root FOLDER, or --config FILE.")
-    parser = Parser()
-    parser.add_subclass_arguments(train.XScaleDataModule, "data", required=True)
-    return parser.instantiate(parser.parse_args([*given, *options])).data
 
 
 def compare(findings: Sequence[Finding]) -> None:
@@ -157,7 +132,8 @@ def check_data(args: argparse.Namespace, options: Sequence[str]) -> int:
         raise UserError(f"--ignore {wrong[0]!r} is unknown; choose from {', '.join(KINDS)}.")
     if args.workers < 1:
         raise UserError(f"--workers must be at least 1, got {args.workers}.")
-    items = items_of(open_data(options, args.config))
+    data, _ = open_data(data_sections(args.config, "--config"), args.data, options)
+    items = items_of(data)
     with Progress(transient=True) as bar:
         task = bar.add_task("files", total=len(items))
         findings = check_all(items, args.workers, lambda: bar.advance(task))

@@ -1,18 +1,19 @@
 """Finished parts of a long command, kept beside its output until that is whole, so that a next try goes on."""
 
 import json
+import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.files import told, whole, write_bytes
-from xscale_lightning.locks import acquire, release
+from xscale_lightning.files import sync_folder, told, whole, write_bytes
+from xscale_lightning.locks import LOCK, acquire, release
 
 JOB = "job.json"
 
@@ -43,9 +44,8 @@ class Journal:
     def _begin(self, job: Mapping[str, Any], restart: bool) -> None:
         folder = self.folder
         if restart and (folder / JOB).is_file():
-            for path in folder.glob("*.npz"):
-                path.unlink()
-            (folder / JOB).unlink()
+            self._keep({JOB})
+            (folder / JOB).unlink()  # the last: without it the rest is no job
         wanted = json.loads(json.dumps(job))  # as it reads back: tuples are lists, for example
         if (folder / JOB).is_file():
             self._check(wanted)
@@ -92,6 +92,34 @@ class Journal:
                 return dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"'{self.folder / name}.npz' is damaged; begin anew with --restart.") from error
+
+    def become(self, target: Path, files: Collection[str]) -> None:
+        """Give the folder the name of the output, whose files its parts are; what that replaces is kept until then.
+
+        Args:
+            target: the name.
+            files: names of its files; all others are thrown away.
+
+        Raises:
+            UserError: it cannot be put in place.
+        """
+        old = target.with_name(f"{target.name}.old")
+        with told(target, remedy=f"'{self.folder}' is whole, give it that name"):
+            self._keep({*files, JOB})
+            (self.folder / JOB).unlink()
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(self.folder, target)
+        (target / LOCK).unlink(missing_ok=True)
+        sync_folder(target.parent)
+        release(self._lock)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _keep(self, files: Collection[str]) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in (LOCK, *files):
+                path.unlink()
 
     def remove(self) -> None:
         """Throw all parts away; nothing else is in such a folder."""

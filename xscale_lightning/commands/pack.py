@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +17,12 @@ from xscale_lightning.commands.arguments import Parser, take_data_options
 from xscale_lightning.commands.bars import progress
 from xscale_lightning.commands.data_module import SPLITS, data_section, is_file, open_data
 from xscale_lightning.commands.embed_data import from_batch
-from xscale_lightning.commands.journal import JOB, Journal
+from xscale_lightning.commands.journal import Journal
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.patches import EpochSampler
-from xscale_lightning.data.shards import FORMAT, INDEX, Shard, check_shards, read_index, write_file, write_shard
+from xscale_lightning.data.shards import FORMAT, INDEX, Shard, check_shards, read_index, write_shard, write_text
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import free_space, size
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,14 +81,11 @@ def main(argv: list[str]) -> int:
     packed = {split: shards for split, shards in _write_splits(data, splits, journal.folder, args)}
     content = {"format": FORMAT, **describe(data), "splits": {k: [asdict(s) for s in v] for k, v in packed.items()}}
     content["source"] = {"data": json.loads(description), "skipped": data.skipped, "xscale": __version__}
-    write_file(journal.folder / INDEX, json.dumps(content, indent=1, allow_nan=False).encode())
-    for rest in journal.folder.glob("*.json"):  # records of shards are in the index now; the job's stays to the end
-        if rest.name not in (INDEX, JOB):
-            rest.unlink()
-    _put_in_place(journal.folder, args.out)
-    size = sum(column.bytes for shards in packed.values() for shard in shards for column in shard.columns.values())
+    write_text(journal.folder / INDEX, json.dumps(content, indent=1, allow_nan=False))
+    columns = [column for shards in packed.values() for shard in shards for column in shard.columns.values()]
+    journal.become(args.out, {INDEX, *(column.file for column in columns)})
     replaced = f"; {data.skipped} damaged samples were replaced by others" if data.skipped else ""
-    print(f"wrote {args.out}: {_summary(packed)}, {size / 1e6:.0f} MB{replaced}")
+    print(f"wrote {args.out}: {_summary(packed)}, {size(sum(column.bytes for column in columns))}{replaced}")
     print(f"  xscale fit --config ... --data PackedData --data.root {args.out}")
     return 0
 
@@ -137,28 +134,27 @@ def _write_splits(
     checked = False
     with progress() as bar:
         for split in splits:
-            task = bar.add_task(f"{split} batches", total=counts[split])
             shards: list[Shard] = []
             stream, per_shard = None, 0
             while (record := folder / f"{split}-{len(shards):05d}.json").is_file():
                 shards.append(_read_record(record))
             done = sum(shard.batches for shard in shards)
-            bar.update(task, completed=done)
+            task = bar.add_task(f"{split} batches", total=counts[split], completed=done)
             while done < counts[split]:
                 stream = stream or (_columns(b) for b in from_batch(data, split, data.dataset(split), done))
                 parts = list(itertools.islice(stream, per_shard or 1))
                 if not parts:
                     break
                 if not per_shard:
-                    size = max(1, sum(values.nbytes for values in parts[0].values()) // 2)  # float32 stored as uint16
+                    batch = max(1, sum(values.nbytes for values in parts[0].values()) // 2)  # float32 stored as uint16
                     if not checked:
-                        _check_room(folder, size * (sum(counts.values()) - done), data.name)
+                        _check_room(folder, batch * (sum(counts.values()) - done), data.name)
                         checked = True
-                    per_shard = max(1, _bytes_per_shard(args) // size)
+                    per_shard = max(1, _bytes_per_shard(args) // batch)
                     parts += itertools.islice(stream, per_shard - 1)
                 shards.append(write_shard(folder, f"{split}-{len(shards):05d}", parts))
                 done += len(parts)
-                bar.update(task, completed=done)
+                bar.advance(task, len(parts))
             yield split, shards
 
 
@@ -185,20 +181,9 @@ def _columns(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _check_room(folder: Path, wanted: int, name: str) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if wanted > free:
         raise UserError(
-            f"OUT: {name} needs about {wanted / 1e9:.1f} GB and '{folder.parent}' has {free / 1e9:.1f} GB free; "
-            "make room, or choose another folder."
+            f"OUT: {name} needs about {size(wanted)} and '{folder.parent}' has {size(free)} free; make room, or choose "
+            "another folder."
         )
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Give a finished pack its name; one that it replaces is kept until then."""
-    (work / JOB).unlink(missing_ok=True)
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(work, target)
-    shutil.rmtree(old, ignore_errors=True)

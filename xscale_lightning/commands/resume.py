@@ -1,13 +1,11 @@
 """`--ckpt_path last`: which run goes on, from which of its checkpoints, and in which folder."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -16,6 +14,7 @@ from xscale_lightning.callbacks.start_record import StartRecord
 from xscale_lightning.commands.stage_options import CONFIG_OPTIONS, StagedCommand, last_given, options
 from xscale_lightning.errors import Stopped, UserError
 from xscale_lightning.files import write_bytes
+from xscale_lightning.opening import read_json, read_yaml
 
 LAST = "last"
 CONFIG = "config.yaml"
@@ -161,13 +160,21 @@ def runs_of(output: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, dic
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Content of a run's `config.yaml`; nothing where it cannot be read."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    """Content of a run's `config.yaml`; nothing where it cannot be read, or is not what a run writes."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), loader)  # a safe loader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_yaml(file, str(file))
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if _is_config(content) and all(map(_is_stage, content.get("stages") or [])) else {}
+
+
+def _is_config(content: Any) -> bool:
+    parts = {"model": dict, "trainer": dict, "data": dict, "stages": list}
+    return isinstance(content, dict) and all(isinstance(content.get(k) or kind(), kind) for k, kind in parts.items())
+
+
+def _is_stage(stage: Any) -> bool:
+    return isinstance(stage, dict) and isinstance(stage.get("name"), str) and _is_config(stage.get("config"))
 
 
 def is_finished_run(run: Path, config: Mapping[str, Any]) -> bool:
@@ -176,10 +183,10 @@ def is_finished_run(run: Path, config: Mapping[str, Any]) -> bool:
     if stages:
         folder = run / f"stage_{len(stages)}_{stages[-1]['name']}"
     try:
-        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        return content["command"] == "fit" and content["status"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / "results.json", "results.json")
+    except UserError:
         return False
+    return isinstance(content, dict) and (content.get("command"), content.get("status")) == ("fit", "finished")
 
 
 def lengths(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,11 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure, print the table and the YAML, write it where asked to."""
     args = parse(argv[1:])
-    from xscale_lightning.commands.data_module import choose_split, data_section, open_data
+    from xscale_lightning.commands.data_module import choose_split, data_sections, open_data
     from xscale_lightning.files import write_together
 
-    sections = [data_section(path, "--config") for path in args.config]
-    data, _ = open_data(sections, args.data, args.data_options, args.batch_size)
+    data, _ = open_data(data_sections(args.config, "--config"), args.data, args.data_options, args.batch_size)
     if hasattr(data, "validity"):
         data.validity = True  # type: ignore[attr-defined]  # which pixels have data, beside the images
     _, dataset = choose_split(data, args.split)

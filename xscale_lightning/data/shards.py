@@ -8,15 +8,16 @@ uint8, uint16 or int16 where all values are whole numbers in its range, else the
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told, whole, write_bytes
 
 INDEX = "pack.json"
 FORMAT = 1
@@ -98,7 +99,7 @@ def write_shard(folder: Path, name: str, parts: Sequence[Mapping[str, np.ndarray
         delivered = parts[0][key].dtype.str if parts[0][key].dtype.kind != "S" else "str"
         columns[key] = _write_array(folder, f"{name}.{key}.npy", values, delivered)
     shard = Shard(sum(len(next(iter(part.values()))) for part in parts), len(parts), columns)
-    write_file(folder / f"{name}.json", json.dumps(asdict(shard)).encode())
+    write_text(folder / f"{name}.json", json.dumps(asdict(shard)))
     return shard
 
 
@@ -115,33 +116,19 @@ def write_array(path: Path, values: np.ndarray) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    _replace(path, lambda handle: np.save(handle, values, allow_pickle=False))
+    with told(path), whole(path) as part, part.open("wb") as file:
+        # Handed the file itself, NumPy would write past Python and lose the system's reason, such as a full disk.
+        np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)  # type: ignore[arg-type]
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+def write_text(path: Path, content: str) -> None:
+    """Write a file of text whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    _replace(path, lambda handle: handle.write(content))
-
-
-def _replace(path: Path, fill: Any) -> None:
-    part = ""
-    try:
-        handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({error.strerror}); make room or choose another.") from error
-    finally:
-        if part:
-            Path(part).unlink(missing_ok=True)
+    with told(path):
+        write_bytes(path, content.encode())
 
 
 def file_hash(path: Path) -> str:

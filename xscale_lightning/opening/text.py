@@ -57,7 +57,7 @@ def read_json(path: str | Path, what: str) -> Any:
     """
     text, problem = _text(Path(path), what), ""
     try:
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_finite)
+        content = json.loads(text, object_pairs_hook=once, parse_constant=_finite)
     except RecursionError:
         problem = "is nested too deeply"
     except ValueError as error:
@@ -68,7 +68,12 @@ def read_json(path: str | Path, what: str) -> Any:
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON.
+
+    Raises:
+        ValueError: a key is there twice, of which readers take one or the other.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is there twice")
@@ -88,7 +93,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
     text, problem = _text(Path(path), what), ""
     check_yaml(text, what)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, EVENTS)  # a safe loader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     raise UserError(f"{what} is no valid YAML: {problem}.")
