@@ -1,7 +1,8 @@
 """Evaluation images at coarser scales: the same ground on fewer pixels.
 
-The protocol is that of Reed et al. 2023 (Scale-MAE), which Tang et al. 2023 (Cross-Scale MAE) probably follow: kNN accuracy
-at 12.5, 25, 50 and 100 % of the native image size. Images are averaged over areas, as in Scale-MAE's published evaluation.
+The protocol is that of Reed et al. 2023 (Scale-MAE), which Tang et al. 2023 (Cross-Scale MAE) probably follow: kNN
+accuracy at 12.5, 25, 50 and 100 % of the native image size. Images are averaged over areas, as in Scale-MAE's published
+evaluation.
 """
 
 import math
