@@ -20,8 +20,11 @@ SAYS = {
     "tasks": "fine-tuning",
     "callbacks": "evaluations, pictures, speed",
     "checkpoints": "what a file says",
+    "records": "whether it can be so",
     "exports": "folders to give away",
+    "exported": "and read again",
     "init_from": "start from weights",
+    "sources": "what it can name",
     "pretrained": "load_backbone",
     "readers": "the papers' files",
     "methods": "a paper, a file",
@@ -30,11 +33,17 @@ SAYS = {
     "losses": "pure functions",
     "masking": "what is hidden",
     "masking_blocks": "I-JEPA's blocks",
+    "masking_gaps": "LatentMIM's gaps",
     "schedules": "of the step",
     "optim": "AdamW and groups",
     "ema": "target networks",
     "evaluation": "figures",
     "data": "batches with image [B, C, H, W] in raw units and gsd [B]; bands; everything that reads files",
+    "opening": "files of strangers: nothing in them is run, and their claims are checked first",
+    "files": "whole or not at all",
+    "locks": "one process per folder",
+    "unwritten": "what could not be written",
+    "seeds": "of whole numbers",
     "errors": "UserError: one or two lines that say what to change",
 }
 NOTES = (
@@ -42,6 +51,8 @@ NOTES = (
     "what a run consists of",
     "torch and timm only",
     "TorchGeo and rasterio, here alone",
+    "",
+    "",
     "",
 )
 WAY = (
