@@ -21,9 +21,9 @@ from xscale_lightning.methods.mae import MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
-STEPS = int(os.environ.get("TUTORIAL_STEPS", "600"))
-SEEDS = range(int(os.environ.get("TUTORIAL_SEEDS", "3")))
-EPOCHS = 12 if STEPS > 100 else 1  # of TorchGeo's task
+QUICK = "TUTORIAL_QUICK" in os.environ  # a few steps and patches, for the test
+STEPS, SEEDS, BATCH, STRIDE = (2, 1, 8, 96) if QUICK else (600, 3, 64, 32)
+EPOCHS = 1 if QUICK else 12  # of TorchGeo's task
 LABELLED = 32  # patches with masks: with many, pretraining matters less
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -34,7 +34,7 @@ quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 # gives the same encoder untrained: what pretraining has to beat.
 
 # %%
-data = SampleScene(image_size=64, batch_size=64, eval_stride=32)
+data = SampleScene(image_size=64, batch_size=BATCH, eval_stride=STRIDE)
 
 
 def pretrain(steps: int, folder: str) -> None:
@@ -100,7 +100,7 @@ labelled = data.probe_dataloader("train")  # a fixed grid of patches, with masks
 validation = data.probe_dataloader("val")
 score = "val_MulticlassJaccardIndex"
 final: dict[str, list[float]] = {"pretrained": [], "untrained": []}
-for seed in SEEDS:
+for seed in range(SEEDS):
     chosen = torch.randperm(len(labelled.dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
     for folder, values in final.items():
         seed_everything(seed)
