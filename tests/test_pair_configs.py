@@ -69,7 +69,8 @@ def treesat(root: Path) -> None:
     for i in range(3):
         raster(root / "aerial" / f"Abies_alba_1_{i}_WEFL_NLF.tif", 4, 304, 0.2, "uint8", left=LEFT + 500 * i)
         with h5py.File(root / "sentinel-ts" / f"Abies_alba_1_{i}_WEFL_NLF_2020.h5", "w") as file:
-            file["sen-2-data"], file["sen-2-masks"] = np.ones((3, 10, 6, 6)), np.zeros((3, 2, 6, 6))
+            file["sen-2-data"] = np.random.default_rng(i).uniform(1, 5000, (3, 10, 6, 6))
+            file["sen-2-masks"] = np.zeros((3, 2, 6, 6))
             products = [f"S2A_MSIL2A_2020070{day}T102421" for day in (1, 2, 3)]
             file.create_dataset("sen-2-products", data=products, dtype=h5py.string_dtype())
 

@@ -24,7 +24,7 @@ class Fields(Dataset):
         return 4
 
     def __getitem__(self, index):
-        return {"image": torch.full((3, 8, 8), 100.0 + index), "mask": self.mask}
+        return {"image": 100.0 + index + torch.arange(192.0).view(3, 8, 8), "mask": self.mask}
 
 
 def data(source, **options) -> TorchGeoData:
