@@ -45,7 +45,7 @@ class SSLModule(CheckedModule):
         init_from: weights that the encoder starts from: a checkpoint, run or export folder, `timm:NAME`, or a published
             file. It never resumes a run: that is `--ckpt_path`.
         adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.
-        activation_checkpointing: compute every block again in the backward pass: less memory, a quarter more work.
+        activation_checkpointing: compute every block again in the backward pass: less memory, up to a third more work.
 
     Attributes:
         backbone: the encoder.
