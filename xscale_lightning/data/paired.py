@@ -282,8 +282,7 @@ class PairedFolders(SceneFolder):
         for name, partner, part in found:
             coarse = Scene(name, mr[name].sources, part.grid, self.reader)
             fine = Scene(partner, hr[partner].sources, hr[partner].grid, self.reader_hr)
-            label = name if self.match == "name" else f"{name} + {partner}"
-            pair = PairScene(label, coarse, fine, part, self.ratio)
+            pair = PairScene(name if self.match == "name" else f"{name} + {partner}", coarse, fine, part, self.ratio)
             try:
                 if pair.nbytes <= memory:
                     pair.load()
