@@ -1,6 +1,7 @@
 """`xscale schema`: the JSON schema of `xscale fit` configurations, with which editors complete and check YAML."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -48,9 +49,12 @@ def list_what_can_be_listed(cls: type, **options: Any) -> list[str]:
 def fit_schema() -> dict[str, Any]:
     """JSON schema of a `fit` configuration, plug-ins included."""
     import_methods()
+    with contextlib.suppress(ImportError):  # data sets that a configuration may name are described once they are known
+        import xscale_lightning.data.oscd
+        import xscale_lightning.data.ucmerced  # noqa: F401 (and with them TorchGeo's own)
     completions.get_all_subclass_paths = list_what_can_be_listed
     try:
-        train.build(SchemaCLI)
+        train.build(SchemaCLI, arguments=["fit"])
     except _Built as built:
         return loosened(built.args[0], short_names())
     finally:
