@@ -1,6 +1,7 @@
 """The plain commands, and how fast the light ones answer."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,13 @@ def test_backbones_table(capsys):
 
 
 def test_doctor(capsys, tmp_path):
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
     assert cli.main(["doctor", "--output", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr().out
     assert shown.count("ok ") == 5 and "this machine can train" in shown
     assert not (tmp_path / "runs").exists()
+    assert logger.level == before, "whatever runs next in this process says nothing"
 
 
 def test_doctor_fails_on_a_folder_that_cannot_be_written(capsys, tmp_path):
@@ -70,7 +74,7 @@ def test_doctor_fails_on_a_folder_that_cannot_be_written(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[Path, str]:
-    file = tmp_path_factory.mktemp("schema") / "schema.json"
+    file = tmp_path_factory.mktemp("schema") / "schema.json"  # a process that has not seen the classes of other tests
     command = [sys.executable, "-m", "xscale_lightning.cli", "schema", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

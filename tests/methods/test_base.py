@@ -19,6 +19,7 @@ from xscale_lightning.errors import UserError, describe
 from xscale_lightning.methods.base import SSLModule, StepOutput
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import S2MAE
+from xscale_lightning.models.attention import choose_backend
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 from xscale_lightning.schedules import Schedule
@@ -165,7 +166,8 @@ def test_the_resolved_learning_rate_is_said(caplog):
     with caplog.at_level("INFO"):
         fit(make(optimizer=OptimizerConfig(lr=0.32)), accumulate_grad_batches=2)
     assert "learning rate 0.32 x 8 / 256 = 0.01 (8 samples per step), 2 steps" in caplog.text
-    assert "tokens: sdpa" in caplog.text
+    backend, why = choose_backend(torch.device("cpu"), torch.float32, 5)
+    assert f"attention for whole images of 5 tokens: {backend} ({why})" in caplog.text
 
 
 def test_max_steps_without_epochs_is_the_length_of_the_schedules():

@@ -69,20 +69,18 @@ def run_folder(output: str) -> Callable[[], str]:
 
 def two_steps() -> str:
     """Train MAE for two steps on synthetic data with the precision of the shipped recipes."""
-    import logging
-
     from lightning.pytorch import Trainer
 
+    from xscale_lightning.commands.stages import quiet
     from xscale_lightning.data.synthetic import SyntheticData
     from xscale_lightning.methods.mae import MAE
     from xscale_lightning.models.registry import BackboneConfig
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data = SyntheticData(length=8, batch_size=4)
     backbone = BackboneConfig("vit_tiny_patch8", depth=2)
     model = MAE(bands=data.bands, backbone=backbone, decoder_dim=64, decoder_depth=1, decoder_heads=4)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         trainer = Trainer(
             max_steps=2,
@@ -118,7 +116,7 @@ def main(argv: list[str]) -> int:
     if args.data or args.config:
         from xscale_lightning.commands.doctor_data import check_data
 
-        return check_data(args, [*(["--data", args.data] if args.data else []), *rest])
+        return check_data(args, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     checks: dict[str, Callable[[], str]] = {
