@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 import xscale_lightning.data.change
@@ -93,6 +93,13 @@ class CLI(LightningCLI):
     def __init__(self, *args: Any, arguments: list[str] | None = None, check_only: bool = False, **kwargs: Any) -> None:
         self.arguments, self.check_only = arguments, check_only
         super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Describe the options of the verb that is asked for alone: each verb takes as long as all the rest."""
+        if self.arguments and self.arguments[0] in self.subcommands() and subcommand != self.arguments[0]:
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def parse_arguments(self, parser: Parser, args: ArgsType) -> None:  # type: ignore[override]
         """Parse our own arguments: those of the process stay as they are, for the processes Lightning starts."""
