@@ -17,6 +17,7 @@ from xscale_lightning.commands.bench_cells import Cell, plan
 from xscale_lightning.commands.bench_file import read_bench
 from xscale_lightning.commands.bench_plot import draw
 from xscale_lightning.commands.bench_results import Score, mark_best, matches, spent, t_quantile
+from xscale_lightning.data.bands import generic
 from xscale_lightning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,9 @@ TASK = {
 }
 
 TUNED = {"finetune": "task.yaml", "metrics": ["test/top1"]}
+# The least that passes for a checkpoint of ours.
+RECORD = {"class_path": "xscale_lightning.methods.mae.MAE", "init_args": {}, "bands": generic(2).to_dict()}
+CHECKPOINT = {"state_dict": {}, "xscale": RECORD}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +93,7 @@ class Pretend:
         name = place.parts[-3] + "_" + place.name.rsplit("-", 1)[0]
         run = place / "mae" / f"run_{len(list(place.glob('mae/*')))}"
         (run / "checkpoints").mkdir(parents=True)
-        torch.save({"state_dict": {}, "xscale": {}}, run / "checkpoints" / "last.ckpt")
+        torch.save(CHECKPOINT, run / "checkpoints" / "last.ckpt")
         if code := self.answers.get(name, 0):
             if code < 0:
                 raise KeyboardInterrupt
@@ -213,11 +217,14 @@ def test_an_exit_code_of_ctrl_c_stops_the_bench(unchecked, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for name, content in (("a", True), ("b", False)):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    for name in ("a", "b", "c"):
         path = tmp_path / name / "checkpoints/last.ckpt"
-        torch.save({"state_dict": {}, "xscale": {}}, path) if content else path.write_bytes(b"PK")
+        path.parent.mkdir(parents=True)
+        torch.save(CHECKPOINT if name == "a" else {"state_dict": {}, "xscale": {}}, path)
+    path.write_bytes(path.read_bytes()[:-100])
     assert bench.newest(tmp_path) == tmp_path / "a/checkpoints/last.ckpt"
+    (tmp_path / "a/checkpoints/last.ckpt").unlink()
+    assert bench.newest(tmp_path) is None
 
 
 def test_only_runs_what_is_named(unchecked, tmp_path, capsys):
@@ -367,18 +374,25 @@ def test_the_shipped_bench_can_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_shipped_bench_runs(tmp_path, monkeypatch):
-    """One seed of two models, two steps each, in processes of their own."""
+    """One seed of one model, two steps of a thinner encoder, and every evaluation of it."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     content = yaml.safe_load(Path("configs/bench/quickstart.yaml").read_text())
     path = tmp_path / "short.yaml"
-    path.write_text(yaml.safe_dump({**content, "seeds": [0]}))
+    path.write_text(yaml.safe_dump({**content, "seeds": [0], "models": {"mae": content["models"]["mae"]}}))
     short = ["--trainer.max_steps", "2", "--data.samples_per_epoch", "16", "--data.batch_size", "4", "--knn.max_train"]
     short += ["16", "--knn.max_test", "8", "--geometry.max_samples", "4", "--pictures.num_score_images", "2"]
     short += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--dense.epochs", "12"]
-    assert cli.main(["bench", str(path), "--only", "mae,random", "--output", str(tmp_path / "out"), *short]) == 0
+    short += ["--model.backbone.depth", "1", "--model.decoder_depth", "1"]
+    assert bench.main(["bench", str(path), "--output", str(tmp_path / "out"), *short], launch=really) == 0
     content = results(tmp_path / "out")
-    assert {s["model"] for s in content["scores"]} == {"mae", "random"} and content["problems"] == []
+    assert {s["model"] for s in content["scores"]} == {"mae"} and content["problems"] == []
     names = {"knn/sample/top1", "linear/sample/top1", "dense/sample/miou"}
     assert {s["metric"] for s in content["scores"]} == names
+
+
+def test_cells_run_in_a_process_of_their_own_and_its_error_is_told(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert bench.in_new_process(["--version"]) == (0, "")
+    code, error = bench.in_new_process(["trian"])
+    assert code == 2 and "trian" in error and not error.startswith("xscale")
+    assert error in capfd.readouterr().err

@@ -119,7 +119,7 @@ def run_cell(cell: Cell, folder: Path, launch: Launch) -> None:
         trained, done = place(weights, folder), is_finished(weights, folder)
         weights = newest(trained) if done else None
         if weights is None:
-            why = "its checkpoint is gone; remove" if done else "it is not finished; see"
+            why = "no checkpoint of it can be read; remove" if done else "it is not finished; see"
             print(f"left out: the pretraining of {cell.model} with seed {cell.seed}: {why} {trained}")
             return
     if weights is not None:
