@@ -97,7 +97,7 @@ def test_a_bad_stage_is_refused_before_the_first_one_trains(staged, tmp_path, ca
         (["--stages.large.trainer.max_epoch", "3"], ["stage 2 of 2 (large)", "max_epoch"]),
         (["--stages+", "{name: x}"], ["--stages.NAME.OPTION"]),
         (["--stages.large.trainer.devices", "2"], ["2 processes after 1"]),
-        (["--ckpt_path", "last"], ["names no stage"]),
+        (["--ckpt_path", "best"], ["'best' names no stage"]),
         (["--ckpt_path", "no.ckpt"], ["no.ckpt", "does not exist"]),
         (["--print_config", "--stages.large.trainer.max_epochs", "3"], ["--stages.NAME.print_config"]),
     ],

@@ -20,6 +20,7 @@ from xscale_lightning.data.sample import SampleScene
 from xscale_lightning.data.synthetic import SyntheticData
 from xscale_lightning.methods.ijepa import IJEPA
 from xscale_lightning.methods.mae import MAE
+from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
@@ -62,7 +63,8 @@ def method(name: str = "mae") -> Any:
     torch.manual_seed(0)
     shared = {"bands": RGB.resolve(), "backbone": SMALL, "optimizer": OptimizerConfig(lr=0.1)}
     if name == "ijepa":
-        return IJEPA(**{**shared, "backbone": replace(SMALL, patch_size=4, class_token=False)})
+        shared["backbone"] = replace(SMALL, patch_size=4, class_token=False)
+        return IJEPA(**shared, predictor=PredictorConfig(16, 1, 2))
     return MAE(**shared, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 
