@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from xscale_lightning.callbacks.trace import differences, read_rows, read_trace
 
@@ -73,3 +74,24 @@ def test_no_checkpoint_between_the_batches_of_a_step(train, tmp_path):
     train(tmp_path, "straight", kill=4, accumulate_grad_batches=3)
     state = torch.load(tmp_path / "straight/checkpoints/last.ckpt", weights_only=True)
     assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 3
+
+
+class StopAfter(Callback):
+    """Asks for the end of the run, as `max_time` does, when so many batches are done."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 == self.batches
+
+
+def test_a_run_that_stops_by_itself_inside_an_epoch(train, tmp_path):
+    options = {"accumulate_grad_batches": 3, "max_epochs": 2}
+    train(tmp_path, "straight", **options)
+    for batches, done in ((3, 3), (4, 6), (7, 7)):  # the end of a step, inside one, the end of the epoch
+        name = f"stop_{batches}"
+        train(tmp_path, name, callbacks=[StopAfter(batches)], saving={}, **options)
+        assert list(read_trace(tmp_path / f"{name}.txt")) == list(range(done))
+        train(tmp_path, name, ckpt_path=tmp_path / name / "checkpoints" / "last.ckpt", **options)
+        assert not differences(read_trace(tmp_path / "straight.txt"), read_trace(tmp_path / f"{name}.txt")), batches

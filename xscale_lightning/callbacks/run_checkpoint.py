@@ -38,7 +38,7 @@ class RunCheckpoint(Checkpoint):
         super().__init__(**kwargs)
         self.minutes = minutes
         self.stopped: Stopped | None = None  # what to raise after the next checkpoint: see `Preemption`
-        self._due_files = self._due_last = False
+        self._due_files = self._due_last = self._stop_later = False
         self._written = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -54,13 +54,16 @@ class RunCheckpoint(Checkpoint):
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._written = time.monotonic()
-        self._due_files = self._due_last = False
+        self._due_files = self._due_last = self._stop_later = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write what is due, unless a validation or the end of the epoch follows, which does it."""
         loop = trainer.fit_loop.epoch_loop
+        if self._stops_inside_epoch(trainer):
+            self._due_last = bool(self.save_last)
+            self._write(trainer)
         if loop._should_accumulate():
             return
         steps = self._every_n_train_steps
@@ -79,6 +82,7 @@ class RunCheckpoint(Checkpoint):
         """Write what is due, unless the end of the epoch follows or a step is not complete."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
+        self._due_last = self._due_last or (self._stops_inside_epoch(trainer) and bool(self.save_last))
         if not self._should_save_on_train_epoch_end(trainer) and self._is_epochs_turn(trainer):
             self._due_files = True
         loop = trainer.fit_loop.epoch_loop
@@ -96,6 +100,20 @@ class RunCheckpoint(Checkpoint):
         super().on_train_end(trainer, pl_module)
         if self.save_last and not self._should_skip_saving_checkpoint(trainer) and trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _stops_inside_epoch(self, trainer: Trainer) -> bool:
+        """Whether the run ends here (`max_time`, early stopping), before the end of an epoch.
+
+        That is put off while gradients are added up. What Lightning does next counts as the end of the epoch, and a
+        resumed run would leave out the rest of it: the checkpoint is written before.
+        """
+        loop = trainer.fit_loop
+        if loop._should_accumulate():
+            self._stop_later = self._stop_later or trainer.should_stop
+            trainer.should_stop = False
+            return False
+        trainer.should_stop = trainer.should_stop or self._stop_later
+        return trainer.should_stop and loop._can_stop_early and not loop.epoch_loop._num_ready_batches_reached()
 
     def _is_epochs_turn(self, trainer: Trainer) -> bool:
         return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
