@@ -60,6 +60,18 @@ def test_cross_attention_between_packed_sequences(device, backend):
         assert (got - want).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("backend", available_backends(torch.device("cpu")))
+def test_float32_tensors_under_autocast(backend):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 15, 3, 16) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(*inputs, backend=backend).dtype is torch.bfloat16
+        ours = run(lambda q, k, v: attend(q, k, v, backend=backend), inputs)
+    expected = run(reference, [t.double() for t in inputs])
+    for got, want in zip(ours, expected, strict=True):
+        assert (got - want).abs().max() < TOLERANCE[torch.bfloat16]
+
+
 def test_packed_lengths_must_fit():
     q = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ValueError, match="lengths that sum"):

@@ -19,7 +19,10 @@ KEEP_BELOW = 256
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`softmax(q k' / sqrt(d)) v` over `[B, N, H, d]` -> `[B, N, H, d]`; keys and values may have another length M."""
     batch, _, heads, _ = q.shape
-    rows = [t.transpose(1, 2).flatten(0, 1).to(v.dtype).contiguous() for t in (q, k, v)]  # [B * H, N, d]
+    # As every matrix product under autocast; the operators below, which write into given tensors, would not.
+    cast = torch.is_autocast_enabled("cpu") and v.dtype is not torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if cast else v.dtype
+    rows = [t.transpose(1, 2).flatten(0, 1).to(dtype).contiguous() for t in (q, k, v)]  # [B * H, N, d]
     out = _Blocked.apply(*rows)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, heads)).transpose(1, 2)
