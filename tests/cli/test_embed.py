@@ -248,6 +248,19 @@ def test_a_data_set_with_labels_and_places(model, tmp_path, monkeypatch, capsys)
     assert np.array_equal(again["embedding"], columns["embedding"]) and again["label"] == columns["label"]
 
 
+def test_damaged_samples_of_a_data_set_are_told(model, tmp_path, capsys):
+    for number in range(10):
+        path = tmp_path / "images" / "Forest" / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(path, 16, 16)
+        if number % 2:
+            path.write_bytes(path.read_bytes()[:200])
+    data = ("--data", "ImageFolderData", "--data.root", tmp_path / "images", "--data.bands.sensor", "sentinel2_rgb")
+    output = ("--split", "train", "--output", tmp_path / "a.parquet")
+    assert run(model, *data, "--data.num_workers", 0, *output) == 0
+    assert "damaged samples were left out or replaced by others" in capsys.readouterr().out
+
+
 def test_wrong_input_is_told_in_a_line_and_leaves_nothing(model, tmp_path, capsys, monkeypatch):
     scene(tmp_path / "a.tif")
     (tmp_path / "old.parquet").write_text("x")

@@ -76,7 +76,8 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     }
     write_parquet(args.output, vectors, {**columns, **table}, footprints, crs, about)
     journal.remove()
-    print(f"wrote {args.output} ({rows} samples of {data.name}, {split})")
+    damaged = f"; {data.skipped} damaged samples were left out or replaced by others" if data.skipped else ""
+    print(f"wrote {args.output} ({rows} samples of {data.name}, {split}){damaged}")
 
 
 def _count(dataset: Any) -> int | None:
