@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ OWN_QUICK = {
     "latent_mim_quick.yaml": ("latent_mim.yaml", "sa_latent_mim.yaml"),
     "ijepa_quick.yaml": ("ijepa.yaml", "sa_ijepa.yaml"),
 }
-ADDITIONS = ("dense_probe.yaml", "evaluation.yaml", "fsdp.yaml")  # the last: its parts in test_sharding.py
+ADDITIONS = ("dense_probe.yaml", "evaluation.yaml", "fsdp.yaml")  # the last: its parts in tests/distributed
 OVERLAYS = sorted(set(FILES) - set(DATA) - set(TRAINER) - set(COMPLETE) - {*S2MAE_OVERLAYS, *OWN_QUICK, *ADDITIONS})
 
 # The smallest of everything that does not change which code runs; a kNN of a few images, pictures of two.
@@ -40,19 +41,25 @@ QUICK = [
     *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "1"),
     *("--trainer.limit_val_batches", "1", "--knn.max_train", "8", "--knn.max_test", "4"),
     *("--geometry.max_samples", "4", "--pictures.num_images", "2", "--pictures.num_score_images", "2"),
+    *("--pictures.num_ratio_images", "1"),
     *("--data.batch_size", "4", "--data.num_workers", "0"),
 ]
 # Published recipes are too wide for a test: their decoder too, where a method has one.
 NARROW = [*("--model.backbone.dim", "96", "--model.backbone.depth", "1"), *("--model.backbone.num_heads", "3")]
+DECODER = ["--model.decoder_depth", "1", "--model.decoder_dim", "64", "--model.decoder_heads", "4"]
 NARROW_DECODER = {
-    "mae.yaml": ["--model.decoder_depth", "1"],
-    "cross_scale_mae.yaml": ["--model.decoder_depth", "1", "--model.predictor_dim", "32"],
-    "s2mae.yaml": ["--model.decoder_depth", "1"],
-    "latent_mim.yaml": ["--model.decoder_depth", "1", "--model.head_dim", "32"],
+    "mae.yaml": DECODER,
+    "cross_scale_mae.yaml": [*DECODER, "--model.predictor_dim", "32"],
+    "s2mae.yaml": DECODER,
+    "latent_mim.yaml": [*DECODER, "--model.head_dim", "32"],
     "ijepa.yaml": ["--model.predictor.depth", "1"],
     "sa_ijepa.yaml": ["--model.host_args.predictor", "{dim: 48, depth: 1, num_heads: 3}"],
-    "sa_latent_mim.yaml": ["--model.host_args.decoder_depth", "1", "--model.host_args.head_dim", "32"],
+    "sa_latent_mim.yaml": [
+        *("--model.host_args.decoder_depth", "1", "--model.host_args.decoder_dim", "64"),
+        *("--model.host_args.head_dim", "32"),
+    ],
 }
+NARROWED = ("decoder_depth", "decoder_dim", "decoder_heads", "predictor_dim", "head_dim")
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +71,24 @@ def process(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
 
+def at_once(*arguments: str) -> list[str]:
+    """The options of model and data as one configuration: as options, every one has all of them looked at again."""
+    words, together = list[str](), dict[str, Any]()
+    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+        name, *keys = option.removeprefix("--").split(".")
+        if name not in ("model", "data") or not keys or keys[0] == "host_args":  # a dict would lose its other keys
+            words += [option, value]
+            continue
+        place = together.setdefault(name, {"init_args": {}})["init_args"]
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = yaml.safe_load(value)
+    return [*words, *(["--config", json.dumps(together)] if together else [])]
+
+
 def fit(output: Path, *arguments: str) -> dict:
     """Train two steps in this process; returns what the checkpoint says."""
-    assert cli.main(["fit", *arguments, "--output", str(output), "--debug"]) == 0
+    assert cli.main(["fit", *at_once(*arguments), "--output", str(output), "--debug"]) == 0
     (folder,) = output.glob("*/*")
     assert json.loads((folder / "results.json").read_text())
     assert (folder / "config.yaml").exists()
@@ -117,7 +139,7 @@ def test_complete_files_train(name, tmp_path):
     )
     given = FILES[name]["model"]["init_args"]
     for key, value in given.items():
-        if not isinstance(value, dict) and key not in ("decoder_depth", "predictor_dim", "head_dim"):
+        if not isinstance(value, dict) and key not in NARROWED:
             assert saved["init_args"][key] == value, key
     assert saved["init_args"]["optimizer"]["weight_decay"] == given["optimizer"]["weight_decay"]
 
@@ -352,9 +374,11 @@ def test_s2mae_takes_hundreds_of_bands(name, spectral, groups, tmp_path, request
 @pytest.mark.parametrize("name", ["mae.yaml", "ijepa.yaml"])
 def test_dense_probe_goes_over_a_method(name, tmp_path, sen1floods11):
     recipe = [*config(name), *config("dense_probe.yaml"), "--dense.data.root", str(sen1floods11)]
-    short = ["--dense.epochs", "12", "--dense.data.num_workers", "0", "--dense.data.cache_mb", "8"]
+    short = ["--dense.epochs", "3", "--dense.warmup_epochs", "1", "--dense.batch_size", "8", "--dense.num_images", "2"]
+    short += ["--dense.data.num_workers", "0", "--dense.data.cache_mb", "8"]
     narrow = [*NARROW, *NARROW_DECODER[name], "--data.samples_per_epoch", "16"]
-    assert cli.main(["fit", *recipe, *QUICK, *narrow, *short, "--output", str(tmp_path), "--debug"]) == 0
+    words = at_once(*recipe, *QUICK, *narrow, *short)
+    assert cli.main(["fit", *words, "--output", str(tmp_path), "--debug"]) == 0
     (folder,) = tmp_path.glob("*/*")
     record = json.loads((folder / "results.json").read_text())["metrics"]["dense/sen1floods11/miou"]
     assert record["last_step"] == 2 and record["split"] == "val" and 0 < record["step_0"] < 1
@@ -384,7 +408,7 @@ def test_evaluation_goes_over_a_run_and_over_its_weights_alone(tmp_path, eurosat
     for name, command in commands.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            arguments = [*command, *config("evaluation.yaml"), "--output", str(tmp_path / name), "--debug"]
+            arguments = [*at_once(*command), *config("evaluation.yaml"), "--output", str(tmp_path / name), "--debug"]
             assert cli.main(["test", *arguments]) == 0
         assert any("the weights are untrained" in str(w.message) for w in caught) == (name == "nothing")
         (file,) = (tmp_path / name).glob("*/*/results.json")
@@ -405,8 +429,8 @@ def test_evaluation_goes_over_a_run_and_over_its_weights_alone(tmp_path, eurosat
 @pytest.mark.parametrize("name", DATA)
 def test_data_files_without_their_data_name_the_folder(name, tmp_path, capsys):
     missing, output = tmp_path / "nowhere", tmp_path / "runs"
-    recipe = [*config("mae.yaml"), *config(name), "--data.root", str(missing), *QUICK, *NARROW]
-    assert cli.main(["fit", *recipe, *NARROW_DECODER["mae.yaml"], "--output", str(output)]) == 2
+    recipe = [*config("mae.yaml"), *config(name), *at_once("--data.root", str(missing)), *QUICK[:6]]
+    assert cli.main(["fit", *recipe, "--output", str(output)]) == 2
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xscale: error")]
     assert len(shown) == 1 and str(missing) in shown[0] and "does not exist" in shown[0]
     assert not output.exists()

@@ -186,6 +186,7 @@ def test_the_sweep_stops_at_the_edge_of_memory(toy_gpu, monkeypatch):
         raise torch.cuda.OutOfMemoryError("full")
 
     monkeypatch.setattr(toy_gpu, "peak_gb", full)
+    monkeypatch.setattr(toy_gpu, "METHODS", ("mae",))
     found = toy_gpu.sweep(torch.device("cpu"), 60.0)
     assert all(row[6] == "out of memory" for row in found["rows"]) and not found["best"]
 
