@@ -86,6 +86,7 @@ def collect() -> Offer:
 
 def known_values() -> dict[str, list[str]]:
     """Words that no type tells."""
+    from xscale_lightning.commands.new_method import KINDS
     from xscale_lightning.data.bands import SENSORS
     from xscale_lightning.models.registry import list_backbones
 
@@ -96,6 +97,7 @@ def known_values() -> dict[str, list[str]]:
         "--trainer.accelerator": ["auto", "cpu", "gpu", "mps"],
         "--trainer.strategy": ["auto", "ddp", "ddp_spawn", "fsdp"],
         "--split": ["train", "val", "test"],
+        "--kind": list(KINDS),
     }
 
 

@@ -5,6 +5,7 @@ normalise -> (views) -> encode -> pool, the optimizer and all schedules, target 
 checkpoint metadata. Probes and pictures are callbacks; they never touch the loss or the step count.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -273,8 +274,10 @@ class SSLModule(CheckedModule):
 
     @property
     def method_name(self) -> str:
-        """Short name for run folders: the module's name, for example `cross_scale_mae`."""
-        return type(self).__module__.rsplit(".", 1)[-1]
+        """Short name for run folders: the module's of methods here (`latent_mim`), else the class's (`my_method`)."""
+        package, _, module = type(self).__module__.rpartition(".")
+        of_class = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        return module if package.startswith("xscale_lightning.") else of_class
 
     @property
     def flops_per_batch(self) -> int:

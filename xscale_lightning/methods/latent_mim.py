@@ -1,6 +1,4 @@
-"""LatentMIM (Wei et al., ECCV 2024).
-
-"Towards Latent Masked Image Modeling for Self-Supervised Visual Representation Learning".
+"""Wei et al., "Towards Latent Masked Image Modeling for Self-Supervised Visual Representation Learning", ECCV 2024.
 
 Take patches with gaps between them, so that edges give nothing away, and show a tenth of them to the encoder. Predict
 what a slowly following copy of the encoder makes of the others, and tell them apart:
