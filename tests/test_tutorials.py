@@ -13,6 +13,7 @@ SCRIPTS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 # What each one must have printed or written, beside running to its end.
 LEFT = {
     "compare_fairly": (r"cross_scale_mae - mae: [+-]\d", []),
+    "many_bands": (r"60 bands, reconstruction/psnr: \d", ["cube/scene.tif", "spectrum.png"]),
     "pretrain_and_look": (
         r"masked PSNR \d",
         ["runs/tutorial/features.png", "runs/tutorial/mae/results.json", "runs/tutorial/mae/pictures"],

@@ -22,7 +22,7 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
 QUICK = "TUTORIAL_QUICK" in os.environ  # a few steps and patches, for the test
-STEPS, SEEDS, BATCH, STRIDE = (2, 2, 8, 96) if QUICK else (200, 3, 64, 32)  # steps of MAE
+STEPS, SEEDS, BATCH, STRIDE, TURNS = (2, 2, 8, 96, 5) if QUICK else (200, 3, 64, 32, 50)  # steps of MAE
 METHODS: dict[str, type[SSLModule]] = {"mae": MAE, "cross_scale_mae": CrossScaleMAE}
 
 
@@ -76,7 +76,7 @@ Probe = dict[str, tuple[Tensor, Tensor]]
 def probe(features: Probe) -> tuple[float, tuple[float, float]]:
     """Top-1 on the test split, with its bootstrap interval over images."""
     fit = fit_linear(
-        *features["train"], data.num_classes, LinearRecipe(c=(1e-3, 1e-2, 0.1, 1.0), max_iter=50), features["val"]
+        *features["train"], data.num_classes, LinearRecipe(c=(1e-3, 1e-2, 0.1, 1.0), max_iter=TURNS), features["val"]
     )
     x, labels = features["test"]
     score = estimates(class_scores(fit.head.logits(x).argmax(1), labels, data.num_classes))["top1"]

@@ -23,8 +23,7 @@ from xscale_lightning.optim import OptimizerConfig
 
 QUICK = "TUTORIAL_QUICK" in os.environ  # a few steps and patches, for the test
 STEPS, SEEDS, BATCH, STRIDE = (2, 1, 8, 96) if QUICK else (600, 3, 64, 32)
-EPOCHS = 1 if QUICK else 12  # of TorchGeo's task
-LABELLED = 32  # patches with masks: with many, pretraining matters less
+EPOCHS, LABELLED = (1, 8) if QUICK else (12, 32)  # of TorchGeo's task; with many labels, pretraining matters less
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 # %% [markdown]
