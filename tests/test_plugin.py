@@ -1,6 +1,7 @@
 """`xscale new-method`: the project it writes works outside the package, installed as any other distribution."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -48,14 +49,33 @@ def site(project) -> Path:
     return folder
 
 
-def run(site: Path, cwd: Path, *command: str) -> str:
+# One process, so that one import serves all three: what the project's README asks for, and a run by entry point.
+RUN = """
+import json, sys
+import pytest
+from xscale_lightning import cli
+codes = [int(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2]]))]
+codes += [cli.main(["fit", *command, "--debug"]) for command in json.loads(sys.argv[1])]
+print("codes", *codes)
+"""
+
+
+@pytest.fixture(scope="module")
+def used(project, site, tmp_path_factory) -> tuple[str, Path, Path]:
+    """What the process has said, and the folders of the runs by class path and by entry point."""
+    by_path, by_name, cwd = (tmp_path_factory.mktemp(name) for name in ("by_path", "by_name", "elsewhere"))
+    shipped = ["--config", str(project / "configs/my_method.yaml"), "--data.image_size", "32"]
+    shipped += ["--model.backbone.depth", "1"]
+    given = ["--model", "my_method", "--model.noise", "0.25", "--data", "SampleScene", "--data.image_size", "32"]
+    given += ["--model.backbone.name", "vit_tiny_patch8", "--model.backbone.depth", "1"]
+    given += ["--model.views.scale", "[1.0,1.0]"]
+    runs = [[*shipped, *TINY_RUN, "--output", str(by_path)], [*given, *TINY_RUN, "--output", str(by_name)]]
     path = os.pathsep.join(filter(None, [str(site), str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", RUN, json.dumps(runs), str(project / "tests")]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return done.stdout + done.stderr, by_path, by_name
 
 
 def checkpoint_of(output: Path, method: str) -> dict:
@@ -103,35 +123,21 @@ def test_other_kinds_keep_the_contract(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_its_own_test_passes(project, site):
-    text = run(site, project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
-    assert "1 passed" in text
+def test_its_own_test_passes(used):
+    assert "1 passed" in used[0] and "codes 0 0 0" in used[0], used[0][-6000:]
 
 
 @pytest.mark.slow
-def test_it_trains_by_class_path(project, site, tmp_path):
-    options = ["--config", "configs/my_method.yaml", "--data.image_size", "32", "--model.backbone.depth", "1"]
-    run(site, project, "-m", "xscale_lightning.cli", "fit", *options, *TINY_RUN, "--output", str(tmp_path))
-    checkpoint = checkpoint_of(tmp_path, "method")
+def test_it_trains_by_class_path(used):
+    checkpoint = checkpoint_of(used[1], "my_method")
     assert checkpoint["global_step"] == 2
     assert checkpoint["xscale"]["class_path"] == "my_method.method.MyMethod"
     assert checkpoint["xscale"]["init_args"]["noise"] == 0.5
 
 
 @pytest.mark.slow
-def test_it_trains_by_its_entry_point_name(site, tmp_path):
-    options = ["--model", "my_method", "--model.noise", "0.25", "--data", "SampleScene", "--data.image_size", "32"]
-    small = [
-        "--model.backbone.name",
-        "vit_tiny_patch8",
-        "--model.backbone.depth",
-        "1",
-        "--model.views.scale",
-        "[1.0,1.0]",
-    ]
-    command = ["-m", "xscale_lightning.cli", "fit", *options, *small, *TINY_RUN, "--output", str(tmp_path / "runs")]
-    run(site, tmp_path, *command)
-    checkpoint = checkpoint_of(tmp_path / "runs", "method")
+def test_it_trains_by_its_entry_point_name(used):
+    checkpoint = checkpoint_of(used[2], "my_method")
     assert checkpoint["global_step"] == 2
     assert checkpoint["xscale"]["class_path"] == "my_method.method.MyMethod"
     assert checkpoint["xscale"]["init_args"]["noise"] == 0.25
