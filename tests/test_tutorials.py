@@ -13,6 +13,7 @@ SCRIPTS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 # What each one must have printed or written, beside running to its end.
 LEFT = {
     "compare_fairly": (r"cross_scale_mae - mae: [+-]\d", []),
+    "high_resolution_teacher": (r"pair - mr: [+-]0\.\d+ ± ", ["runs/tutorial_affinity/pair/results.json"]),
     "many_bands": (r"60 bands, reconstruction/psnr: \d", ["cube/scene.tif", "spectrum.png"]),
     "pretrain_and_look": (
         r"masked PSNR \d",
