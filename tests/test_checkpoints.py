@@ -131,8 +131,8 @@ def test_checkpoints_of_other_programs_are_named(tmp_path):
     ("class_path", "message"),
     [
         ("no_such_package.method.Mine", "names 'no_such_package.method.Mine', of no announced plug-in"),
-        ("xscale_lightning.methods.mae.Gone", "needs xscale_lightning.methods.mae.Gone: install"),
-        ("torch.nn.Linear", "names torch.nn.Linear, which is no method"),
+        ("xscale_lightning.methods.mae.Gone", "needs .xscale_lightning.methods.mae.Gone.: install"),
+        ("torch.nn.Linear", "names .torch.nn.Linear., which is no method"),
     ],
 )
 def test_a_class_that_is_not_there_or_no_method_is_named(saved, tmp_path, class_path, message):

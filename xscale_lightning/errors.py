@@ -4,12 +4,23 @@ import errno
 import re
 
 
+def printable(text: str) -> str:
+    """Text with everything but printable characters and line ends escaped."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(mark if mark == "\n" or mark.isprintable() else repr(mark)[1:-1] for mark in text)
+
+
 class UserError(ValueError):
     """Wrong input from the user.
 
     The message is one or two lines that name the argument, its value and the remedy. The command line prints it
-    without a traceback (``--debug`` brings the traceback back) and exits with a non-zero code.
+    without a traceback (``--debug`` brings the traceback back) and exits with a non-zero code. Values quoted from files
+    cannot steer a terminal: whatever is not printable stands there escaped.
     """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in parts))
 
 
 class Stopped(BaseException):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.discovery import BUILT_IN, method_entries
+from xscale_lightning.opening import check_names, check_yaml
 
 if TYPE_CHECKING:
     from xscale_lightning.methods.base import SSLModule
@@ -18,6 +19,7 @@ OURS = "xscale_lightning"
 LIBRARIES = ("torchgeo", "lightning", "torch")  # whose classes a run's configuration may have
 # Arguments that say nothing of the sizes of tensors.
 WITHOUT_TENSORS = ("optimizer", "views", "test", "seed", "bands")
+ARGUMENTS, TEXT = 10_000, 1_000  # values of a method, and characters of each
 ROOM = 65_536  # a size may be at least this, as an image's in pixels
 # Type of a checkpoint's parts, as Lightning reads them when it resumes.
 STATE = {
@@ -45,9 +47,11 @@ def check_state(checkpoint: Mapping[str, Any], path: str) -> None:
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {_short(value)}.")
         if kind is int and value is not None and value < 0:
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {value}.")
-    for name, value in (checkpoint.get("state_dict") or {}).items():
+    state = checkpoint.get("state_dict") or {}
+    for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"checkpoint {path!r} is damaged: {str(name)[:80]!r} of its 'state_dict' is no tensor.")
+    check_names(state, f"checkpoint {path!r}")
 
 
 def check_record(saved: Any, path: str) -> None:
@@ -68,7 +72,13 @@ def check_record(saved: Any, path: str) -> None:
     stage = saved.get("stage")
     if stage is not None and not (type(stage.get("number")) is int and isinstance(stage.get("name"), str)):
         raise UserError(f"{label} has {_short(stage)} as 'stage'.")
-    for key, value in _leaves(saved["init_args"]):
+    if not saved["class_path"].isprintable() or len(saved["class_path"]) > TEXT:
+        raise UserError(f"{label} has {saved['class_path'][:60]!r} as 'class_path', which is the name of no class.")
+    for number, (key, value) in enumerate(_leaves(saved["init_args"])):
+        if number >= ARGUMENTS or len(key) > TEXT or (isinstance(value, str) and len(value) > TEXT):
+            raise UserError(f"{label} has arguments of a size that no method takes, such as {key[:60]!r}.")
+        if isinstance(value, str):  # a parser would read a text as YAML where a group of options belongs
+            check_yaml(value, f"{label}, in {key!r},")
         plain = isinstance(value, (str, bool, int, float, type(None)))
         if not plain or (isinstance(value, int) and abs(value) > 2**63):
             raise UserError(f"{label} has {_short(value)} as {key!r}.")
@@ -116,9 +126,9 @@ def trusted_class(path: str, label: str) -> type["SSLModule"]:
     except Exception as error:  # whatever a plug-in raises when it is imported
         problem = f" ({type(error).__name__}: {str(error)[:80]})"
     if cls is None:
-        raise UserError(f"{label} needs {path[:120]}{problem}: install its package.")
+        raise UserError(f"{label} needs {path[:120]!r}{problem}: install its package.")
     if not (isinstance(cls, type) and issubclass(cls, SSLModule)):
-        raise UserError(f"{label} names {path[:120]}, which is no method.")
+        raise UserError(f"{label} names {path[:120]!r}, which is no method.")
     return cls
 
 

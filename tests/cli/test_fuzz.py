@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from xscale_lightning.models.blocks import Block
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fuzz is a script of its own, too
 import fuzz_config
-from fuzz_config import Case
+from fuzz_draw import Case
+from fuzz_files import make_files
 
+SEGMENTATION = "xscale_lightning.tasks.segmentation.Segmentation"
 FOUND = [
     Case("s2mae", "SyntheticData", [("data", "bands", 0)]),
     Case("cross_scale_mae", "ChangeFolder", [("pictures", "num_images", None)]),
@@ -28,22 +32,41 @@ FOUND = [
     Case("mae", "SyntheticData", [("trainer", "gradient_clip_val", math.nan)]),
     Case("mae", "SyntheticData", [("trainer", "gradient_clip_val", 1.0), ("trainer", "precision", "16-mixed")]),
     Case("mae", "SyntheticData", [("trainer", "check_val_every_n_epoch", 0)]),
+    Case("latent_mim", "SyntheticData", [("model", "objective", [])]),
+    Case(SEGMENTATION, "MaskFolder", [("data", "batch_size", None)]),
+    Case(SEGMENTATION, "MaskFolder", [("model", "decoder_dim", 0)]),
 ]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzz") / "files"
-    fuzz_config.make_files(root)
-    return root
+    make_files(root)
+    with fuzz_config.warm():
+        yield root
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    return fuzz_config.pool()
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_drawn_configurations_run_or_are_refused(number, files, tmp_path, process):
-    case = fuzz_config.draw(random.Random(number), fuzz_config.pool())
+def test_drawn_configurations_run_or_are_refused(number, files, arguments, tmp_path, process):
+    choice = random.Random(number)
+    case = next(case for _ in range(9) if (case := fuzz_config.draw(choice, arguments)).data != "PackedData")
     assert not fuzz_config.problem(case, files, tmp_path), case
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)
 def test_what_the_fuzz_has_found(case, files, tmp_path, process):
     assert not fuzz_config.problem(case, files, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["backbone.depth", "decoder_depth", "backbone.dim", "decoder_dim"])
+def test_what_is_far_too_large_is_refused_before_it_is_built(name, files, tmp_path, process, monkeypatch):
+    built, init = [], Block.__init__
+    monkeypatch.setattr(Block, "__init__", lambda self, *args, **kwargs: built.append(1) or init(self, *args, **kwargs))
+    case = Case("mae", "SyntheticData", [("model", name, 10**9)])
+    assert fuzz_config.outcome(case, files, tmp_path) == ("refused", "")
+    assert len(built) <= 2  # the encoder's one, and the decoder's first

@@ -1,4 +1,4 @@
-"""What a run says of damaged data when it ends, and what a run that was refused must not leave behind."""
+"""What a run says at its end of damaged data and skipped updates; what a run that was refused must not leave behind."""
 
 import contextlib
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from xscale_lightning.callbacks.guard import FiniteGuard
 from xscale_lightning.callbacks.probe import run_folder
 from xscale_lightning.locks import LOCK
 
@@ -21,9 +22,16 @@ def _left_out(trainer: Trainer) -> dict[str, str]:
     return getattr(getattr(trainer, "datamodule", None), "left_out", {})
 
 
+def _skipped_updates(trainer: Trainer) -> int:
+    return sum(callback.skipped for callback in trainer.callbacks if isinstance(callback, FiniteGuard))  # type: ignore[attr-defined]
+
+
 def damage_lines(trainer: Trainer) -> list[str]:
-    """Lines for people about damaged samples and files that were left out; none if there were none."""
+    """Lines for people about updates, samples and files that were left out; none if there were none."""
     lines = []
+    if updates := _skipped_updates(trainer):
+        was = "updates were" if updates > 1 else "update was"
+        lines.append(f"{updates} {was} not finite and left out (guard); see docs/troubleshooting.md.")
     if skipped := _skipped(trainer):
         lines.append(trainer.datamodule.damage.summary(skipped) + ".")  # type: ignore[attr-defined]
     if count := len(_left_out(trainer)):
@@ -32,8 +40,8 @@ def damage_lines(trainer: Trainer) -> list[str]:
 
 
 def damage_record(trainer: Trainer) -> dict[str, Any]:
-    """For `results.json`: `skipped_samples`, and where files or scenes were left out their number and the reasons."""
-    record: dict[str, Any] = {"skipped_samples": _skipped(trainer)}
+    """For `results.json`: `skipped_samples`, `skipped_updates`, and number and reasons of files that were left out."""
+    record: dict[str, Any] = {"skipped_samples": _skipped(trainer), "skipped_updates": _skipped_updates(trainer)}
     if left_out := _left_out(trainer):
         reasons = dict(list(left_out.items())[:MAX_REASONS])
         record["left_out"] = {"count": len(left_out), "reasons": reasons}

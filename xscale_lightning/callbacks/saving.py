@@ -95,6 +95,15 @@ def _is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def _lies_in(path: Any, folder: Any) -> bool:
+    """Whether a path is of a file below a folder; one on another system is if it begins with the folder's name."""
+    if not isinstance(path, str) or not path or folder is None or "::" in path or ".." in Path(path).parts:
+        return False
+    if _is_remote(path) or _is_remote(folder):
+        return path.startswith(str(folder).rstrip("/") + "/")
+    return Path(folder).absolute() in Path(path).absolute().parents
+
+
 class _Writer:
     """Passes bytes on to a file and counts them; after the first error it only counts, and `finish` raises it.
 
@@ -135,6 +144,24 @@ class Checkpoint(ModelCheckpoint):
     def state_key(self) -> str:
         """That of Lightning's class: checkpoints of earlier versions have it."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base, for the files that lie in this run's folder: what is listed is removed when better ones come."""
+        names = ("kth_best_model_path", "last_model_path")
+        models = state_dict.get("best_k_models")
+        listed = {
+            **{name: path for name in names if _lies_in(path := state_dict.get(name), self.dirpath)},
+            "best_k_models": {
+                path: score
+                for path, score in (models if isinstance(models, dict) else {}).items()
+                if _lies_in(path, self.dirpath)
+            },
+        }
+        best = state_dict.get("best_model_path")
+        kept = {name: value for name, value in state_dict.items() if name not in (*names, "best_k_models")}
+        kept.setdefault("dirpath", None)
+        kept.setdefault("best_model_score", None)
+        super().load_state_dict({**kept, **listed, "best_model_path": best if isinstance(best, str) else ""})
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._attempt(super()._save_topk_checkpoint, trainer, monitor_candidates)

@@ -79,7 +79,7 @@ def _given(owner: type, frame: types.FrameType) -> list[str]:
 
 
 def check_groups(config: Any) -> None:
-    """Refuse a single value where a group of options belongs, such as `data.bands: 0`; the parser lets it pass.
+    """Refuse what the parser lets pass: one value for a group of options, as `data.bands: 0`, and null for a number.
 
     Raises:
         UserError: naming the argument.
@@ -89,13 +89,16 @@ def check_groups(config: Any) -> None:
         arguments = part.get("init_args") if hasattr(part, "get") else None
         module, _, name = str(part.get("class_path") if arguments is not None else "").rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
-        for owner in getattr(cls, "__mro__", ()):
-            hints = _hints(owner)
-            for key, hint in hints.items():
-                options = get_args(hint) or (hint,)
-                value = arguments.get(key) if arguments is not None else None
-                if isinstance(value, (int, float, str, list)) and all(map(_is_group, options)):
-                    raise UserError(f"{section}.{key}: {value!r} is not possible; give its fields, by name.")
+        hints: dict[str, Any] = {}
+        for owner in reversed(getattr(cls, "__mro__", ())):
+            hints |= _hints(owner)
+        for key, hint in hints.items():
+            options = get_args(hint) or (hint,)
+            value = arguments.get(key) if arguments is not None else None
+            if isinstance(value, (int, float, str, list)) and all(map(_is_group, options)):
+                raise UserError(f"{section}.{key}: {value!r} is not possible; give its fields, by name.")
+            if arguments is not None and key in arguments and value is None and hint in (int, float, str, bool):
+                raise UserError(f"{section}.{key}: null is not possible; give a value of type {hint.__name__}.")
 
 
 def _hints(owner: type) -> dict[str, Any]:

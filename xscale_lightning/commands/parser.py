@@ -114,10 +114,11 @@ def concise(message: str, options: list[str]) -> str:
         text = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", found.group(2))
         return f"{found.group(1)}: {text[:240]}"
     if found := re.search(r"the following arguments are required: (.*)", flat):
-        keys = ", ".join(key.strip().split(".", 1)[-1] for key in found.group(1).split(","))
-        if {"model", "data"} & set(keys.split(", ")):
+        names = [re.sub(r"^(fit|validate|test|predict)\.", "", key.strip()) for key in found.group(1).split(",")]
+        keys, option = ", ".join(names), f" or as an option, such as --data.{names[0]}" * ("." not in names[0])
+        if {"model", "data"} & set(names):
             return f"missing: {keys}. Give a configuration, for example --config configs/mae.yaml."
-        return f"missing: {keys}. Give it in the configuration or as an option, such as --data.{keys.split(', ')[0]}."
+        return f"missing: {keys}. Give it in the configuration{option}."
     return flat[:300]
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.opening.directory import check_end, check_extra
 from xscale_lightning.opening.limits import check_extent
 from xscale_lightning.opening.pickles import MAX_LENGTH, Reader
 from xscale_lightning.opening.values import Refused
 
 CHUNK = 1 << 20
-MAX_RECORDS = 2_000_000
 REPEATED = 8  # times the bytes of a file that its tensors may have together: tied weights are there twice
 OLD_MAGIC = 0x1950A86A20F9469CFC6C  # first value of files of torch before 1.6
 REMEDY = "it could run code."
@@ -82,6 +82,7 @@ def _check(path: str, known: tuple[int, ...], names: tuple[str, ...]) -> bool:
     if not zipfile.is_zipfile(path):
         _check_old(path, length, names)
         return False
+    check_end(path, length)
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, length, names)
@@ -94,11 +95,11 @@ def _check(path: str, known: tuple[int, ...], names: tuple[str, ...]) -> bool:
 
 def _check_archive(archive: zipfile.ZipFile, length: int, names: tuple[str, ...]) -> None:
     records = archive.infolist()
-    if not records or len(records) > MAX_RECORDS:
-        raise Refused(f"its archive has {len(records)} records")
+    if not records:
+        raise Refused("its archive has no records")
     if any("/code/" in record.filename or record.filename.endswith("/constants.pkl") for record in records):
         raise Refused("it is a TorchScript archive, which is a program", code=True)
-    found: dict[str, zipfile.ZipInfo] = {}
+    found, lower = dict[str, zipfile.ZipInfo](), set[str]()
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise Refused("its records are packed, which torch's never are")
@@ -107,8 +108,12 @@ def _check_archive(archive: zipfile.ZipFile, length: int, names: tuple[str, ...]
         parts = record.filename.split("/")
         if ".." in parts or "" in parts or "\\" in record.filename or "\0" in record.orig_filename:
             raise Refused(f"the record {record.filename[:60]!r} has a name that torch's have not")
-        if record.filename in found:
+        if record.filename.lower() in lower:  # torch looks them up without regard to case
             raise Refused(f"the record {record.filename[:60]!r} is there twice")
+        if record.filename != record.orig_filename or not record.filename.isascii():
+            raise Refused(f"the record {record.filename[:60]!r} has a name that torch's have not")
+        check_extra(record.extra, record.filename)
+        lower.add(record.filename.lower())
         found[record.filename] = record
     roots = {name.split("/")[0] for name in found}
     if len(roots) != 1 or archive.comment:

@@ -8,6 +8,7 @@ compares every tensor with the storage it is cut from.
 import io
 import math
 import pickletools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from xscale_lightning.opening.values import (
 )
 
 MAX_LENGTH = 256_000_000  # bytes of a pickle; the weights are not in it
+MAX_STEPS = 2_000_000  # instructions; a checkpoint has some fifty for a tensor
 
 
 # Bytes per number of every typed storage that plain tensors have.
@@ -53,7 +55,7 @@ class Reader:
 
     Args:
         storage_bytes: size of a stored record by its key; of an unknown one it raises `KeyError`. None in old files,
-            whose storages come after the pickle: `claims` then has what is claimed of each.
+            whose storages come after the pickle: `claims` has what is claimed of each.
         also: further classes by their full names, such as `argparse.Namespace`, whose objects hold plain values.
     """
 
@@ -75,6 +77,8 @@ class Reader:
         try:
             for opcode, given, _ in pickletools.genops(content):
                 steps += 1
+                if steps > MAX_STEPS:
+                    raise Refused("its pickle has more instructions than that of any model")
                 name, argument = opcode.name, cast(Any, given)
                 if name == "STOP":
                     return stack.pop()
@@ -148,6 +152,8 @@ class Reader:
                 built.parts.append(state)
             elif not isinstance(built, dict):  # an `OrderedDict`, which may have attributes
                 raise Refused("it changes what is no object of torch's", code=True)
+            elif any(not isinstance(key, str) or hasattr(OrderedDict, key) for key in as_dict(state)):
+                raise Refused("it replaces the methods of a dictionary", code=True)
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         else:
@@ -190,9 +196,9 @@ class Reader:
         if not isinstance(location, str) or any(part is not None for part in record[5:]):
             raise Refused("it refers to a storage in a way that is not read")
         claimed = Claimed(whole_number(numbers), STORAGES[kind.name])
+        if self.claims.setdefault(key, claimed) != claimed:  # torch makes it once, as it was claimed first
+            raise Refused(f"it claims two sizes of storage {key[:40]!r}")
         if self.storage_bytes is None:
-            if self.claims.setdefault(key, claimed) != claimed:
-                raise Refused(f"it claims two sizes of storage {key[:40]!r}")
             return claimed
         try:
             there = self.storage_bytes(key)

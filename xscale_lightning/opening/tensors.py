@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xscale_lightning.errors import UserError
-from xscale_lightning.opening.limits import check_extent
+from xscale_lightning.opening.limits import check_extent, check_names
+from xscale_lightning.opening.text import once
 
-MAX_HEADER = 100_000_000  # bytes; that of the library, too
+MAX_HEADER = 32_000_000  # bytes; a tensor takes some hundred of them
 
 
 def load_safetensors(path: str | Path, what: str) -> dict[str, Tensor]:
@@ -39,8 +40,9 @@ def _problem(path: Path) -> str:
             header = int.from_bytes(file.read(8), "little")
             if length < 8 or header > min(length - 8, MAX_HEADER):
                 return f"its header claims {header} bytes, and the file has {length}"
-            content = json.loads(file.read(header))
+            content = json.loads(file.read(header), object_pairs_hook=once)
         check_extent(content, "it")
+        check_names(content if isinstance(content, dict) else (), "it")
         return _layout(content, length - 8 - header)
     except OSError as error:
         return error.strerror or str(error)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.models.resizing import Tables, fit_tables
-from xscale_lightning.opening import load_torch
+from xscale_lightning.opening import check_names, load_torch
 
 State = dict[str, Tensor]
 Rule = tuple[str, str]  # pattern of a whole name, replacement
@@ -42,6 +42,7 @@ def open_published(path: str | Path) -> State:
         }
     if not state:
         raise UserError(f"checkpoint {str(path)!r} holds no weights.")
+    check_names(state, f"checkpoint {str(path)!r}")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 

@@ -14,7 +14,7 @@ def freeze(encoder: Encoder, tune: Tune, last_k: int) -> None:
     Raises:
         UserError: more blocks than there are, or none.
     """
-    if not 1 <= last_k <= encoder.depth:
+    if last_k < 1 or (tune == "last_k" and last_k > encoder.depth):
         raise UserError(f"model.last_k must be in [1, {encoder.depth}] for this encoder, got {last_k}.")
     first = {"full": 0, "last_k": encoder.depth + 1 - last_k, "frozen": encoder.depth + 2}[tune]
     for name, parameter in encoder.named_parameters():
