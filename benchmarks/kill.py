@@ -20,9 +20,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,9 +47,12 @@ class Process:
                 child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             self.pid = child.pid
             return
-        self.pid = os.fork()
+        parent, self.pid = os.getpid(), os.fork()
         if self.pid == 0:  # the imports of the parent are there already
+            from xscale_lightning.launched import watch
+
             os.setsid()
+            threading.Thread(target=watch, args=(parent, 0.2, 0.0), daemon=True).start()
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
@@ -149,68 +154,94 @@ def first_difference(one: Any, two: Any, name: str = "") -> str | None:
 
 
 def kill_once(
-    process: Process, moment: str, folder: Path, draw: random.Random, length: tuple[int, float]
+    process: Process, moment: str, folder: Path, draw: random.Random, length: tuple[int, float], end: float
 ) -> int | None:
-    """Kill a process at a moment of a kind; its exit code if it was done before."""
+    """Kill a process at a moment of a kind; its exit code if it was done before.
+
+    Args:
+        process: what to kill.
+        moment: "batch", "second" or "write".
+        folder: of the case.
+        draw: for the moment.
+        length: at most so many batches, or seconds, later.
+        end: when `time.monotonic()` says so, it is killed in any case.
+    """
     (batches, seconds), trace, stale = length, folder / "killed.txt", unfinished(folder / "killed")
     if moment == "second":
-        end = time.monotonic() + draw.random() * seconds
-        code = process.wait(lambda: time.monotonic() >= end)
-    else:
-        target = lines(trace) + draw.randint(1, batches)
-        code = process.wait(lambda: lines(trace) >= target)
-        if code is None and moment == "write":
-            code = process.wait(lambda: bool(unfinished(folder / "killed") - stale), pause=0.0)
-        elif code is None:
-            time.sleep(draw.random() * 0.1)
+        end = min(end, time.monotonic() + draw.random() * seconds)
+    target = lines(trace) + draw.randint(1, batches) if moment != "second" else sys.maxsize
+    code = process.wait(lambda: lines(trace) >= target or time.monotonic() >= end)
+    if code is None and moment == "write":
+        code = process.wait(lambda: bool(unfinished(folder / "killed") - stale) or time.monotonic() >= end, pause=0.0)
+    elif code is None and moment == "batch":
+        time.sleep(draw.random() * 0.1)
     if code is None:
         process.kill()
     return code
 
 
-def run_case(name: str, kills: int, folder: Path, seed: int, fork: bool) -> dict[str, Any]:
-    """Run one case; what came out."""
+def run_straight(arguments: list[str], folder: Path, fork: bool) -> float:
+    """The run that is never killed, unless it is there; the seconds that it took."""
+    done = folder / "straight.json"
+    if not done.is_file():
+        for path in (folder / "straight", folder / "straight.txt"):  # of one that did not come to its end
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        begun = time.monotonic()
+        code = Process(arguments, folder / "straight.log", fork).wait(pause=0.02)
+        if code != 0:
+            raise SystemExit(f"the straight run ended with {code}: see {folder / 'straight.log'}")
+        done.write_text(json.dumps(time.monotonic() - begun))
+    return json.loads(done.read_text())
+
+
+def run_case(name: str, kills: int, folder: Path, seed: int, fork: bool, end: float) -> dict[str, Any]:
+    """Run one case, or go on with it; what came out. At `end` (of `time.monotonic()`) it is interrupted."""
     from xscale_lightning.callbacks.trace import read_rows
 
-    arguments, draw = kill_cases.arguments(name, folder), random.Random(f"{name} {seed}")
+    arguments, state = kill_cases.arguments(name, folder), folder / "state.json"
 
     def command(kind: str) -> list[str]:
         return [*arguments, "--output", str(folder / kind), "--trace.file", str(folder / f"{kind}.txt")]
 
-    begun = time.monotonic()
-    code = Process(command("straight"), folder / "straight.log", fork).wait(pause=0.02)
-    if code != 0:
-        raise SystemExit(f"{name}: the straight run ended with {code}: see {folder / 'straight.log'}")
-    seconds, straight = time.monotonic() - begun, read_rows(folder / "straight.txt")
-    trace, killed, writing, strays = folder / "killed.txt", 0, 0, list[int]()
+    seconds, trace = run_straight(command("straight"), folder, fork), folder / "killed.txt"
+    straight = read_rows(folder / "straight.txt")
+    count = {"killed": 0, "writing": 0, "strays": 0}
+    if state.is_file():
+        count = json.loads(state.read_text())
+    if (folder / "found.json").is_file():
+        return json.loads((folder / "found.json").read_text())
     again, code = [*command("killed"), "--ckpt_path", "last"], None
     length = (max(2, len(straight) // max(kills, 1)), 0.6 * seconds)
-    while code is None:
-        stale = unfinished(folder / "killed")
-        process = Process(again, folder / "killed.log", fork)
-        if killed == kills:
-            code = process.wait(pause=0.02)
-        else:
-            code = kill_once(process, ("batch", "second", "write")[killed % 3], folder, draw, length)
-            killed, writing = killed + (code is None), writing + bool(unfinished(folder / "killed") - stale)
-        strays += process.left_behind()
+    while code is None and time.monotonic() < end:
+        stale, number = unfinished(folder / "killed"), count["killed"]
+        process, draw = Process(again, folder / "killed.log", fork), random.Random(f"{name} {seed} {number}")
+        moment = ("batch", "second", "write")[number % 3] if number < kills else "none"
+        code = kill_once(process, moment, folder, draw, length if moment != "none" else (sys.maxsize, 0.0), end)
+        count["killed"] += code is None
+        count["writing"] += code is None and bool(unfinished(folder / "killed") - stale)
+        count["strays"] += len(process.left_behind())
+        state.write_text(json.dumps(count))
+    if code is None:
+        raise TimeoutError
     rows = read_rows(trace)
     wrong, missing = set(rows) - set(straight), set(straight) - set(rows)
-    end = first_difference(ends(folder / "straight"), ends(folder / "killed")) if code == 0 else "it did not end"
-    return {
+    differs = first_difference(ends(folder / "straight"), ends(folder / "killed")) if code == 0 else "it did not end"
+    found = {
         "seed": seed,
-        "kills": killed,
-        "kills_while_writing": writing,
+        "kills": count["killed"],
+        "kills_while_writing": count["writing"],
         "batches": len(straight),
         "lines_compared": len(rows),
         "wrong_lines": len(wrong),
         "missing_lines": len(missing),
-        "end_differs_in": end,
+        "end_differs_in": differs,
         "exit_code": code,
-        "left_behind": len(strays),
+        "left_behind": count["strays"],
         "started_by": "fork" if fork else "command line",
         "straight_seconds": round(seconds, 1),
     }
+    (folder / "found.json").write_text(json.dumps(found))
+    return found
 
 
 def is_equal(found: Mapping[str, Any]) -> bool:
@@ -224,16 +255,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5, help="kills per case")
     parser.add_argument("--cases", nargs="+", choices=list(kill_cases.CASES), default=list(kill_cases.CASES))
-    parser.add_argument("--output", type=Path, default=Path("kill"), help="a folder that has none of the cases yet")
+    parser.add_argument("--output", type=Path, default=Path("kill"), help="a folder; what is there is gone on with")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of this command; then it is interrupted")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--fork", action="store_true", help="import once and fork: faster, the same code from there on")
     parser.add_argument("--results", help="folder of a kill.json to add what came out to; by default none is written")
     options = parser.parse_args()
     if options.fork:
         import xscale_lightning.commands.stages  # noqa: F401 (before the first fork)
-    good = True
+    good, end = True, time.monotonic() + options.seconds
     for name in options.cases:
-        found = run_case(name, options.kills, options.output / name, options.seed, options.fork)
+        try:
+            found = run_case(name, options.kills, options.output / name, options.seed, options.fork, end)
+        except TimeoutError:
+            print(f"{name}: the time is over; the same command goes on with it", flush=True)
+            return 3
         good &= is_equal(found)
         print(f"{name}: {'equal' if is_equal(found) else 'DIFFERENT'}; {json.dumps(found)}", flush=True)
         if options.results:

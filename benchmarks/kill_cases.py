@@ -31,6 +31,7 @@ STAGES = [
     {"name": "two", "optimizer": "carry", "config": {"data": {"init_args": {"batch_size": 16}}}},
 ]
 LARGER = {"image_size": 64, "num_workers": 2}  # some masks leave nothing of 16 tokens
+SCENE_BANDS = {"sensor": "generic", "count": 4, "mean": [1500.0] * 4, "std": [500.0] * 4}
 # Name -> (configuration of the method, what is laid over `SMALL`).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mae": (
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "data": {
                 "class_path": "SceneFolder",
-                "init_args": {"root": "scenes", "num_workers": 2, "bands": {"sensor": "generic", "count": 4}},
+                "init_args": {"root": "scenes", "num_workers": 2, "bands": SCENE_BANDS},
             },
             "trainer": {"val_check_interval": 6},
         },

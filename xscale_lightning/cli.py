@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from xscale_lightning import __version__
 from xscale_lightning.errors import Stopped, describe, is_users
+from xscale_lightning.launched import leave_with_launcher
 
 # verb -> (module with `main(argv) -> int | None`, one line of help)
 COMMANDS = {
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         print(f"xscale: error: unknown verb {verb!r}: {hint}`xscale --help` lists them.", file=sys.stderr)
         return 2
+    leave_with_launcher()
     try:
         return importlib.import_module(COMMANDS[verb][0]).main([verb, *rest]) or 0
     except Stopped as stopped:

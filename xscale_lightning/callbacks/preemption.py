@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -19,14 +20,19 @@ from xscale_lightning.errors import Stopped
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 INTERRUPTED = 130  # the shell's code of a command that Ctrl-C has ended
+# Several processes have to agree, for which the host waits for the device: not at every step.
+AGREED_EVERY = 10  # optimizer steps at most between two agreements
+AGREED_SECONDS = 5.0  # and about so many seconds, where steps are slow
 
 
 class Preemption(Callback):
     """Ends a training run on SIGTERM, SIGUSR1 and Ctrl-C, so that `--ckpt_path last` goes on exactly.
 
-    The handler only takes a note. At the next moment that a checkpoint may be of (see `RunCheckpoint`) all processes
-    agree, `last.ckpt` is written, and every process leaves. A second Ctrl-C ends the run at once. Lightning's own
-    handlers are replaced: they save between the parts of a step, and not on all processes alike.
+    The handler only takes a note. At the next moment that a checkpoint may be of (see `RunCheckpoint`) `last.ckpt` is
+    written, and the run ends. Of several processes any may get the signal: they agree every 10 optimizer steps, more
+    often where 10 steps take over 5 seconds, and leave together. A second Ctrl-C ends the run at once. Lightning's own
+    handlers are replaced: they save between the parts of a step, not on all processes alike, and have every process
+    wait for its device before every batch.
     """
 
     def __init__(self, requeue: bool = True) -> None:
@@ -39,10 +45,27 @@ class Preemption(Callback):
         self.requeue = requeue
         self._signal: signal.Signals | None = None
         self._requeue_signal: int | None = None
+        self._next, self._agreed = 0, (0, 0.0)  # step of the next agreement; step and time of the last one
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals as soon as Lightning has: before data is opened and anything is measured."""
+        self._signal = self._requeue_signal = None
+        connector: Any = trainer._signal_connector
+
+        def register() -> None:
+            del connector.register_signal_handlers  # Lightning's again
+            connector.register_signal_handlers()
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._listen(trainer)
+
+        connector.register_signal_handlers = register
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals, after Lightning and before the first measurement of a probe."""
-        self._signal = self._requeue_signal = None
+        """Start counting the steps between two agreements."""
+        self._listen(trainer)
+        self._next, self._agreed = 0, (trainer.global_step, time.monotonic())
+
+    def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         environment = trainer._accelerator_connector.cluster_environment
@@ -51,12 +74,14 @@ class Preemption(Callback):
             user = self._requeue_signal = environment.requeue_signal or user
         for number in (signal.SIGTERM, signal.SIGINT, user):
             signal.signal(number, self._note)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # it waits for the device at every batch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, see whether any process was asked to stop."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        turn = trainer.world_size == 1 or trainer.global_step >= self._next
+        if turn and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._agree(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,14 +116,12 @@ class Preemption(Callback):
             self._signal = signal.Signals(number)
             again = ", or press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             # The signal can come in the middle of a print: what Python buffers must not be written to here.
-            os.write(2, f"\nxscale: {self._signal.name}: stopping after the next optimizer step{again}\n".encode())
+            os.write(2, f"\nxscale: {self._signal.name}: stopping after an optimizer step{again}\n".encode())
 
     def _agree(self, trainer: Trainer) -> None:
         mine = self._signal
         if trainer.world_size > 1:
-            own = torch.tensor(int(mine or 0), device=trainer.strategy.root_device)
-            highest = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
-            mine = signal.Signals(highest) if highest else None
+            mine = self._highest(trainer)
         if mine is None:
             return
         writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
@@ -107,6 +130,16 @@ class Preemption(Callback):
             raise stopped
         if writers[-1].stopped is None:
             writers[-1].stopped = stopped  # it comes after this callback, in the same hook or a later one
+
+    def _highest(self, trainer: Trainer) -> signal.Signals | None:
+        """The highest signal that any process has got; the next agreement is at the same step for all of them."""
+        step, now = trainer.global_step, time.monotonic()
+        pace = (now - self._agreed[1]) / max(1, step - self._agreed[0])
+        own = torch.tensor([float(self._signal or 0), pace], device=trainer.strategy.root_device)
+        number, slowest = trainer.strategy.reduce(own, reduce_op="max").tolist()  # type: ignore[union-attr, arg-type]
+        self._next = step + max(1, min(AGREED_EVERY, int(AGREED_SECONDS / max(slowest, 1e-9))))
+        self._agreed = (step, now)
+        return signal.Signals(int(number)) if number else None
 
     def _stopped(self, trainer: Trainer, number: signal.Signals, writers: list[RunCheckpoint]) -> Stopped:
         code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
