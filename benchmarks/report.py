@@ -28,17 +28,18 @@ def train_step(record: dict) -> list[str]:
     lines, slow, below, reached, faster = [], [], [], [], []
     for name, entries in record["sizes"].items():
         first = next(iter(entries.values()))
+        memory = any("peak_memory_mb" in row for entry in entries.values() for row in entry["variants"].values())
         lines += [
             f"**Training step**, {SIZES.get(name, name)} (`--size {name}`; {machine(first)}):",
             "",
-            "| | | images/s | x reference | TFLOP/s | of a matrix product's rate | peak memory, MB |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            f"| | | images/s | x reference | TFLOP/s | of a matrix product's rate |{' peak memory, MB |' * memory}",
+            f"| --- | --- | ---: | ---: | ---: | ---: |{' ---: |' * memory}",
         ]
         for method, entry in entries.items():
             for variant, row in entry["variants"].items():
                 figures = (("images_per_s", ".2f"), ("ratio", ".2f"), ("tflops", ".3f"), ("share_of_matmul", ".0%"))
                 cells = [_cell(row, key, style) for key, style in figures]
-                cells.append(str(row.get("peak_memory_mb", "")))
+                cells += [str(row.get("peak_memory_mb", ""))] * memory
                 lines.append(f"| `{method}` | {variant} | {' | '.join(cells)} |")
             plain = entry["variants"].get("ours float32", {}).get("ratio", 1.0)
             share = entry["variants"].get("ours bfloat16", {}).get("share_of_matmul", 0.0)
