@@ -38,9 +38,12 @@ model:
   class_path: mae
   init_args: {decoder_dim: 16, decoder_depth: 1, decoder_heads: 2, backbone: {name: vit_tiny_patch8, depth: 1}}
 data:
-  class_path: SyntheticData
-  init_args: {image_height: 32, image_width: 32, batch_size: 4, length: 32, bands: {names: [B02, B03]}}
-trainer: {max_steps: 2, accelerator: cpu, strategy: ddp, limit_val_batches: 0, enable_progress_bar: false}
+  class_path: SampleScene
+  init_args: {image_size: 32, batch_size: 4, samples_per_epoch: 64, num_workers: 0}
+trainer: {max_steps: 2, accelerator: cpu, strategy: ddp, limit_val_batches: 1, enable_progress_bar: false}
+knn: {max_train: 8, max_test: 4}
+geometry: {max_samples: 4}
+pictures: {num_images: 1, num_score_images: 1, num_ratio_images: 1}
 """
 
 
@@ -79,6 +82,8 @@ def test_a_job_trains(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "job 4711, try 0, 1 machines x 2 processes" in done.stdout
     assert "8 samples per step" in done.stdout + done.stderr, "the two processes did not train together"
-    (folder,) = (tmp_path / "runs" / "pretrain-4711" / "mae").iterdir()
+    assert "2 steps" in done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs" / "pretrain-4711" / "mae").iterdir()  # not one of every process
+    assert {"config.yaml", "results.json", "checkpoints", "pictures"} <= {path.name for path in folder.iterdir()}
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2

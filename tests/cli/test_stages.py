@@ -221,6 +221,18 @@ def test_another_architecture_is_refused_before_the_first_stage_trains(staged, t
     assert "stage 2 of 2 (large)" in message and "decoder_heads is 2 there and 4 here" in message
 
 
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes whose working directory is a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve() == folder.resolve():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_go_through_both_stages(staged, tmp_path):
     steering = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "PL_GLOBAL_SEED")
@@ -248,3 +260,5 @@ def test_two_processes_go_through_both_stages(staged, tmp_path):
     assert (done.stdout + done.stderr).count("8 samples per step") == 2
     results = json.loads((run / "stage_2_large" / "results.json").read_text())
     assert results["device"]["processes"] == 2 and results["stage"]["name"] == "large"
+    assert {"results.json", "checkpoints"} <= {path.name for path in (run / "stage_1_small").iterdir()}
+    assert not processes_in(tmp_path), "a process of the run is left behind"
