@@ -166,6 +166,26 @@ def test_damaged_indexes_are_refused(packed, tmp_path):
         PackedData(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *((("bands",), None), (("image_size",), 3), (("class_names",), 5), (("gsd",), "x")),
+        *((("splits", "train", 0, "samples"), n) for n in (-1, 0, 10**12)),
+        (("splits", "train", 0, "columns"), {}),
+        *((("splits", "train", 0, "columns", "image", "delivered"), kind) for kind in ("O", "bogus", "str")),
+    ],
+)
+def test_indexes_that_say_what_cannot_be_are_refused(packed, tmp_path, where, value):
+    content = json.loads((packed / "pack.json").read_text())
+    part = content
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    (tmp_path / "pack.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"damaged|band record"):
+        PackedData(str(tmp_path))
+
+
 def test_an_interrupted_pack_goes_on(folder, packed, tmp_path, monkeypatch):
     out, written = tmp_path / "pack", []
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from xscale_lightning.data.bands import Bands, band_key
 from xscale_lightning.data.datamodule import Batch, Split, XScaleDataModule
 from xscale_lightning.data.patches import collate
-from xscale_lightning.data.shards import Shard, check_shards, open_column, read_index
+from xscale_lightning.data.shards import INDEX, Shard, check_shards, open_column, read_index
 from xscale_lightning.errors import UserError
 
 IMAGES = ("image", "image_hr")
@@ -121,7 +121,7 @@ class PackedData(XScaleDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         about, self.splits = read_index(root)
         self.root, self.cast_on_device, self.verify = root, cast_on_device, verify
-        packed = Bands.from_dict(about["bands"])
+        packed = self._take(about)
         self.channels = None
         self.bands = packed
         if names is not None:
@@ -134,11 +134,21 @@ class PackedData(XScaleDataModule):
             raise UserError("data.mean and data.std: give both or neither.")
         if mean is not None and std is not None:
             self.bands = self.bands.with_statistics(mean, std)
-        self.name, self.image_size = str(about["name"]), (int(about["image_size"][0]), int(about["image_size"][1]))
-        self.num_classes, self.multilabel = about["num_classes"], bool(about["multilabel"])
-        self.num_mask_classes, self.ignore_index = about["num_mask_classes"], int(about["ignore_index"])
-        self.class_names = None if about["class_names"] is None else tuple(about["class_names"])
-        self.gsd = about["gsd"]
+
+    def _take(self, about: Mapping[str, Any]) -> Bands:
+        """Take over what a pack says of its samples; returns its bands."""
+        classes, masks, gsd = (about.get(key) for key in ("num_classes", "num_mask_classes", "gsd"))
+        try:
+            self.name, size, names = str(about["name"]), about["image_size"], about["class_names"]
+            self.image_size = (int(size[0]), int(size[1]))
+            self.num_classes, self.multilabel = None if classes is None else int(classes), bool(about["multilabel"])
+            self.num_mask_classes, self.ignore_index = None if masks is None else int(masks), int(about["ignore_index"])
+            self.class_names = None if names is None else tuple(map(str, names))
+            self.gsd = None if gsd is None else float(gsd)
+            return Bands.from_dict(about["bands"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            problem = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UserError(f"data.root: '{INDEX}' in '{self.root}' is damaged ({problem}); write the pack again.")
 
     def build_dataset(self, split: Split) -> PackedSamples | None:
         """Check and map the shards of a split.

@@ -59,7 +59,14 @@ class Shard:
         for name, column in record["columns"].items():
             if Path(column["file"]).name != column["file"]:
                 raise ValueError(f"file {column['file']!r} is not inside the pack")
-            columns[name] = Column(**{**column, "shape": tuple(column["shape"])})
+            columns[name] = made = Column(**{**column, "shape": tuple(column["shape"])})
+            text = made.delivered == "str"
+            if text != (np.dtype(made.stored).kind == "S") or not (text or np.dtype(made.delivered).kind in "biuf"):
+                raise ValueError(f"type {str(made.delivered)[:40]!r} of {str(name)[:40]!r} is none that a sample has")
+            if not 0 < int(record["samples"]) <= made.bytes:
+                raise ValueError(f"{str(record['samples'])[:40]} samples in {made.bytes} bytes")
+        if "image" not in columns:
+            raise ValueError("its samples have no image")
         return cls(int(record["samples"]), int(record["batches"]), columns)
 
 
