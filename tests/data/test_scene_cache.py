@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from rasterio.transform import from_origin
 
@@ -71,6 +72,19 @@ def test_changed_files_and_cut_copies_are_read_anew(scenes, tmp_path):
         copy.write_bytes(copy.read_bytes()[:-5])
     for mine, other in zip(batches(open_folder(scenes, **options)), batches(open_folder(scenes)), strict=True):
         assert torch.equal(mine["image"], other["image"])
+
+
+def test_files_behind_a_virtual_raster_count(scenes, tmp_path):
+    virtual = tmp_path / "virtual"
+    virtual.mkdir()
+    for band in ("B02", "B05"):
+        rasterio.shutil.copy(scenes / f"s0_{band}.tif", virtual / f"s0_{band}.vrt", driver="VRT")
+    options = {"cache_mb": 0, "cache_dir": str(tmp_path / "cache")}
+    before = batches(open_folder(virtual, **options))
+    write(scenes, "s0_B02.tif", 96, 10.0, 77)
+    after, wanted = batches(open_folder(virtual, **options)), batches(open_folder(virtual))
+    assert not torch.equal(before[0]["image"], after[0]["image"])
+    assert all(torch.equal(mine["image"], other["image"]) for mine, other in zip(after, wanted, strict=True))
 
 
 def test_no_room_for_a_copy(scenes, tmp_path, monkeypatch):

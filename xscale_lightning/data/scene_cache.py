@@ -1,5 +1,6 @@
 """Decoded copies of whole scenes on disk, memory-mapped: patches of scenes that do not fit into memory."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xscale_lightning.data.geotiff import Grid, Source
+from xscale_lightning.data.geotiff import Grid, Source, open_raster
 from xscale_lightning.data.shards import write_array
 from xscale_lightning.errors import UserError
 
 Pixels = tuple[np.ndarray, np.ndarray | None]
+BESIDE = (".ovr", ".aux.xml")  # what viewers write beside a raster
 
 
 def mapped(folder: str, what: tuple[Sequence[Source], Grid, float | None], read: Callable[[], Pixels]) -> Pixels:
@@ -28,9 +30,10 @@ def mapped(folder: str, what: tuple[Sequence[Source], Grid, float | None], read:
 
     Raises:
         UserError: the copy cannot be written, or there is no room for it.
+        UnreadableFile: a file cannot be opened.
     """
     sources, grid, nodata = what
-    files = [(source.raster.path, source.index, _stamp(source.raster.path)) for source in sources]
+    files = [(source.raster.path, source.index, _stamps(source.raster.path)) for source in sources]
     key = hashlib.sha256(repr((files, grid, nodata)).encode()).hexdigest()[:32]
     paths = (Path(folder, f"{key}.npy"), Path(folder, f"{key}.valid.npy"))
     if (found := _open(*paths, (len(sources), grid.height, grid.width))) is not None:
@@ -51,13 +54,16 @@ def mapped(folder: str, what: tuple[Sequence[Source], Grid, float | None], read:
     return _open(*paths, pixels.shape) or (pixels, valid)
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """Size and time of change of a file; None where the name is no plain file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+def _stamps(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of all files of a raster: a virtual one has its pixels elsewhere."""
+    with open_raster(path) as raster:
+        names = [name for name in raster.files if not name.endswith(BESIDE)]
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError):  # inside an archive
+            status = os.stat(name)
+            found.append((name, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _open(pixels: Path, valid: Path, shape: tuple[int, ...]) -> Pixels | None:
