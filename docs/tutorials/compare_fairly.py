@@ -22,7 +22,7 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig
 
 QUICK = "TUTORIAL_QUICK" in os.environ  # a few steps and patches, for the test
-STEPS, SEEDS, BATCH, STRIDE, TURNS = (2, 2, 8, 96, 5) if QUICK else (200, 3, 64, 32, 50)  # steps of MAE
+STEPS, SEEDS, BATCH, STRIDE, TURNS = (2, 2, 8, 160, 5) if QUICK else (200, 3, 64, 32, 50)  # steps of MAE
 METHODS: dict[str, type[SSLModule]] = {"mae": MAE, "cross_scale_mae": CrossScaleMAE}
 
 
