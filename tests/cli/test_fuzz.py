@@ -33,6 +33,7 @@ FOUND = [
     Case("mae", "SyntheticData", [("trainer", "gradient_clip_val", 1.0), ("trainer", "precision", "16-mixed")]),
     Case("mae", "SyntheticData", [("trainer", "check_val_every_n_epoch", 0)]),
     Case("latent_mim", "SyntheticData", [("model", "objective", [])]),
+    Case("spatial_affinity", "SyntheticData", [("model", "host_args", 0.5)]),
     Case(SEGMENTATION, "MaskFolder", [("data", "batch_size", None)]),
     Case(SEGMENTATION, "MaskFolder", [("model", "decoder_dim", 0)]),
 ]

@@ -38,12 +38,15 @@ def settle_optional_args(args: list[str]) -> list[str]:
         if not isinstance(model, dict):
             continue
         changed, given, certain = KEY in model, model.pop(KEY, None) or {}, dict(model.get("init_args") or {})
+        theirs = certain.get("host_args") or {}
+        if not isinstance(theirs, Mapping):
+            raise UserError(f"model.host_args: {theirs!r} is not possible; give the host's arguments, by name.")
         for name in given:
-            _check(name, {**certain, **(certain.get("host_args") or {})})
+            _check(name, {**certain, **theirs})
         if host:
             if certain.get("host", host_name) != host_name:
                 host_name, host_args = certain["host"], {}
-            own = {name: value for name, value in given.items() if name in hosted} | (certain.get("host_args") or {})
+            own = {name: value for name, value in given.items() if name in hosted} | dict(theirs)
             changed |= bool(own and host_args)
             host_args = certain["host_args"] = laid_over(host_args, own)
         if changed:
