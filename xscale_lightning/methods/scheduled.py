@@ -105,6 +105,8 @@ class ScheduledModule(LightningModule):
 
         Only float16 has gradients that such an optimizer unscales itself.
         """
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return  # the finite guard has taken them away; torch cannot clip the values of none
         plugin = self.trainer.precision_plugin
         if getattr(plugin, "scaler", None) is not None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
