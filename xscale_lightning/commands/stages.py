@@ -204,7 +204,8 @@ class StagedRun:
             before = cli
         for index in range(start):
             assert before is not None
-            configs[index] = self._config(before, before.parser.parse_args(self.command.arguments(index, resume=False)))
+            earlier = settle_optional_args(self.command.arguments(index, resume=False))
+            configs[index] = self._config(before, before.parser.parse_args(earlier))
         self.folder.config = self._staged_config([configs[index] for index in range(last + 1)])
         return begin, end
 
