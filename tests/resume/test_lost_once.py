@@ -1,6 +1,11 @@
 """What is not about batches, and was once lost over a kill."""
 
 import copy
+import json
+
+import pytest
+
+from xscale_lightning.callbacks.geometry import FeatureGeometry
 
 
 def test_overlays_for_several_methods_are_settled_in_the_stages_that_are_done(command):
@@ -14,3 +19,28 @@ def test_overlays_for_several_methods_are_settled_in_the_stages_that_are_done(co
     (run,) = command.runs()
     assert (run / "stage_2_two" / "results.json").is_file()
     assert [int(row[0]) for row in command.rows()] == [*range(5), *range(10)]
+
+
+def test_the_loss_of_the_last_validation_is_reported_by_a_run_that_went_on_after_it(command):
+    changes = {"trainer": {**command.config["trainer"], "val_check_interval": 3}}
+    command.killed_at(9, **changes)  # validated after batches 2 and 7
+    assert command.fit("--ckpt_path", "last", **changes) == 0
+    (run,) = command.runs()
+    assert {"train/loss", "val/loss"} <= set(json.loads((run / "results.json").read_text())["losses"])
+
+
+def test_a_kill_during_the_last_measurement_does_not_lose_it(command):
+    class Gone(BaseException):
+        """The end of the process."""
+
+    def on_train_end(self, trainer, pl_module):
+        raise Gone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureGeometry, "on_train_end", on_train_end)
+        with pytest.raises(Gone):
+            command.fit()
+    assert command.fit("--ckpt_path", "last") == 0
+    (run,) = command.runs()
+    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    assert "geometry/rank" in metrics and {record["last_step"] for record in metrics.values()} == {10}

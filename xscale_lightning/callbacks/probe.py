@@ -191,6 +191,11 @@ class ProbeCallback(Callback, ABC):
         if self._last_step != trainer.global_step:
             self.run_probe(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same in a run that was killed while it measured the result, and has nothing left to train."""
+        if trainer.global_step > 0 and self._last_step != trainer.global_step:
+            self.run_probe(trainer, pl_module)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure once in `validate`; the validation inside `fit` is not the moment."""
         if trainer.state.fn == TrainerFn.VALIDATING:

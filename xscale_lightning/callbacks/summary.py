@@ -40,6 +40,7 @@ class RunSummary(Callback):
         self._seconds_before = 0.0
         self._started = time.perf_counter()
         self._first_loss: torch.Tensor | float | None = None
+        self._validated: dict[str, torch.Tensor | float] = {}  # losses of the last validation
         self._recalled = False
         self._made = time.time()
         self._first_step: int | None = None
@@ -89,6 +90,7 @@ class RunSummary(Callback):
             "images_seen": self.images_seen,
             "seconds": self._seconds(),
             "first_loss": loss.item() if isinstance(loss, torch.Tensor) else loss,
+            "validated": {name: float(value) for name, value in self._validated.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -97,13 +99,14 @@ class RunSummary(Callback):
         self.images_seen = state_dict["images_seen"]
         self._seconds_before = state_dict["seconds"]
         self._first_loss = state_dict["first_loss"]
+        self._validated = dict(state_dict.get("validated", {}))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run (not a resumed one) starts from nothing; what step 0 measured just now is kept."""
         self._first_step = trainer.global_step
         if trainer.global_step == 0:
             self.records = {name: record for name, record in self.records.items() if record.last_step == 0}
-            self.images_seen, self._seconds_before, self._first_loss = 0, 0.0, None
+            self.images_seen, self._seconds_before, self._first_loss, self._validated = 0, 0.0, None, {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,7 +122,10 @@ class RunSummary(Callback):
         self._report(trainer, pl_module, "fit", "finished")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report in `validate`."""
+        """Report in `validate`; in `fit` keep the losses, for a run resumed after its last validation."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            found = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+            self._validated = {name: value for name, value in found.items() if name.startswith("val/")}
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._report(trainer, pl_module, "validate", "finished")
 
@@ -194,7 +200,8 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, command: str, status: str, sentence: str
     ) -> dict[str, Any]:
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        losses = {name: {"last": value} for name, value in values.items() if name.endswith("/loss")}
+        known = {name: float(value) for name, value in self._validated.items()} if command == "fit" else {}
+        losses = {name: {"last": value} for name, value in {**known, **values}.items() if name.endswith("/loss")}
         if "train/loss" in losses and self._first_loss is not None:
             losses["train/loss"]["first"] = float(self._first_loss)
         return {

@@ -271,6 +271,7 @@ def prepare(argv: list[str]) -> list[str]:
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())  # advertisements
     silenced = ["LeafSpec", "smaller than the logging interval", "overridden `on_before_batch_transfer`"]
+    silenced.append(r"Found \d+ module\(s\) in eval mode")  # targets (EMA) are meant to be
     if argv[:1] != ["fit"]:
         silenced.append("The dirpath has changed")  # checkpoints are only read
     for text in silenced:
