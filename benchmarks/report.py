@@ -97,7 +97,7 @@ def scaling(record: dict) -> list[str]:
     return [
         "**Cost as images, bands and batch grow**",
         "",
-        "![Time and memory against image size, bands and batch](images/scaling.png)",
+        "![Cost against image size, bands and batch](images/scaling.png)",
         "",
         f"Width {shape['dim']}, {shape['depth']} blocks, patches of {shape['patch']} pixels; what is not on the axis "
         f"stays at {start['image']} pixels, {start['bands']} bands, batch {start['batch']}. No augmentation. MAE's "

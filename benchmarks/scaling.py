@@ -94,7 +94,7 @@ def fresh_memory(method: str, axis: str, value: int, name: str, device: torch.de
 
 
 def draw(record: dict, path: Path = IMAGE) -> None:
-    """Two rows (time, memory per image), one column per axis; a colour per variant, a line style per method."""
+    """Time and memory per image, a row each where measured; a colour per variant, a line style per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,8 @@ def draw(record: dict, path: Path = IMAGE) -> None:
 
     rows = (("ms_per_image", "ms per image"), ("memory_mb", "peak memory of the process, MB"))
     colours = dict(zip(SHOWN, ("#888888", "#4477aa", "#cc6633"), strict=True))
-    figure, axes = pyplot.subplots(2, len(AXES), figsize=(12, 6.2), squeeze=False)
+    rows = [row for row in rows if _measured(record, row[0])]
+    figure, axes = pyplot.subplots(len(rows), len(AXES), figsize=(12, 0.6 + 2.8 * len(rows)), squeeze=False)
     for row, (key, label) in enumerate(rows):
         for column, axis in enumerate(AXES):
             panel = axes[row][column]
@@ -123,10 +124,16 @@ def draw(record: dict, path: Path = IMAGE) -> None:
             panel.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.16 / len(rows), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _measured(record: dict, key: str) -> bool:
+    """Whether any point has this figure: time and memory can be measured apart."""
+    axes = [axis for method in record.values() for axis in method.values()]
+    return any(key in figures for axis in axes for point in axis["points"].values() for figures in point.values())
 
 
 def main(argv: list[str]) -> None:
