@@ -394,6 +394,7 @@ def test_dense_probe_goes_over_a_method(name, tmp_path, sen1floods11):
 def test_evaluation_goes_over_a_run_and_over_its_weights_alone(tmp_path, eurosat, capsys):
     data = [*config("data/eurosat.yaml"), "--data.root", str(eurosat)]
     recipe = [*config("mae.yaml"), *data, *QUICK, *NARROW, *NARROW_DECODER["mae.yaml"], "--model.views.size", "64"]
+    recipe += ["--model.optimizer.lr", "0.1", "--model.optimizer.warmup_epochs", "0"]  # two steps that leave a trace
     fit(tmp_path / "runs", *recipe)
     (folder,) = (tmp_path / "runs").glob("*/*")
     checkpoint = folder / "checkpoints" / "last.ckpt"

@@ -250,7 +250,7 @@ def test_a_data_set_with_labels_and_places(model, tmp_path, monkeypatch, capsys)
 
 def test_damaged_samples_of_a_data_set_are_told(model, tmp_path, capsys):
     for number in range(10):
-        path = tmp_path / "images" / "Forest" / f"{number}.tif"
+        path = tmp_path / "images" / ("Forest", "River")[number // 5] / f"{number}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         scene(path, 16, 16)
         if number % 2:
