@@ -16,6 +16,7 @@ from xscale_lightning.files import sync_folder, told, whole, write_bytes
 from xscale_lightning.locks import LOCK, acquire, release
 
 JOB = "job.json"
+MARK = "part_"  # before every name in a file: numpy takes some, such as `file`, for arguments
 
 
 class Journal:
@@ -79,7 +80,7 @@ class Journal:
         """
         path = self.folder / f"{name}.npz"
         with told(self.folder, remedy="make room and run it again"), whole(path) as part, part.open("wb") as file:
-            np.savez(file, **parts)  # type: ignore[arg-type]
+            np.savez(file, **{MARK + key: array for key, array in parts.items()})  # type: ignore[arg-type]
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """A finished part.
@@ -89,7 +90,7 @@ class Journal:
         """
         try:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as file:
-                return dict(file)
+                return {key.removeprefix(MARK): array for key, array in file.items()}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"'{self.folder / name}.npz' is damaged; begin anew with --restart.") from error
 
