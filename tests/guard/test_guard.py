@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from xscale_lightning import cli
 from xscale_lightning.callbacks.guard import FiniteGuard
+from xscale_lightning.callbacks.guard_flags import peaks_of
 from xscale_lightning.callbacks.probe import Measurement
 from xscale_lightning.callbacks.replay import read_record, replay
 from xscale_lightning.callbacks.spikes import SpikeDetector
@@ -225,3 +226,11 @@ def test_a_spike_and_a_collapse_are_told_once(tmp_path, recwarn):
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(UserError, match=f"guard.{next(iter(wrong))}"):
         FiniteGuard(**wrong)
+
+
+def test_a_large_gradient_is_finite_though_its_squares_overflow() -> None:
+    huge, small = torch.full((3, 5), 1e30), torch.tensor([3.0, -4.0])
+    sound = peaks_of([huge, small], torch.device("cpu"))
+    assert sound.isfinite().all() and sound[0] >= 1e30 and sound[1] >= 4
+    broken = [small, torch.tensor([math.nan, 1.0]), huge, torch.tensor([[-math.inf]])]
+    assert peaks_of(broken, torch.device("cpu")).isfinite().tolist() == [True, False, True, False]

@@ -1,5 +1,6 @@
 """Is a step finite? Computed on the device, agreed on by all processes, and read without waiting for the device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Outcome:
     losses: list[float]
     """Of this process's micro-batches."""
     peaks: list[float]
-    """Largest absolute entry of every gradient; NaN or infinite where it is not finite."""
+    """Bound of the absolute entries of every gradient; NaN or infinite where one is not finite."""
 
 
 def local_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
@@ -79,13 +80,19 @@ def local_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
 
 
 def peaks_of(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Largest absolute entry of every gradient `[P]` float32 on `device`, in a few fused kernels.
+    """`[P]` float32 on `device`: no gradient has a larger absolute entry than its number, in a few fused kernels.
 
-    The maximum, not the sum of squares: it is NaN or infinite exactly where an entry is, and does not overflow.
+    NaN or infinite exactly where an entry is, also where the sum of squares would overflow: then the maximum is taken.
     """
     if not gradients:
         return torch.zeros(0, device=device)
-    return torch.stack([n.float() for n in torch._foreach_norm(list(gradients), float("inf"))]).to(device)
+    if device.type == "cpu" and (norms := _norms(gradients, 2.0)).isfinite().all():
+        return norms  # a CPU sums squares ten times faster than it compares
+    return _norms(gradients, math.inf).to(device)
+
+
+def _norms(gradients: Sequence[Tensor], order: float) -> Tensor:
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients), order)])
 
 
 def agree(flags: Tensor) -> Tensor:
