@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 from references import ReferenceStep
 from sizes import CUBE, RATIO, Size
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xscale_lightning.data.bands import generic
@@ -31,6 +31,7 @@ from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.s2mae import S2MAE
 from xscale_lightning.methods.spatial_affinity import SpatialAffinity
 from xscale_lightning.models.attention import Backend, set_backend
+from xscale_lightning.models.blocks import set_compiled
 from xscale_lightning.models.jepa_predictor import PredictorConfig
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.optim import OptimizerConfig, build_adamw, parameter_groups
@@ -139,11 +140,7 @@ class Ours:
         self.size, self.device, self.dtype, self.augment = size, device, dtype, augment
         self.module = build(size, **changes).to(device).train()
         set_backend(self.module, attention)
-        if compiled:
-            for part in self.module.modules():
-                if isinstance(part, nn.ModuleList):
-                    for block in part:
-                        block.compile()
+        set_compiled(self.module, compiled)
         self.batch = {name: values.to(device) for name, values in synthetic_batch(size).items()}
         groups = parameter_groups(self.module)
         config = OptimizerConfig()
@@ -175,7 +172,7 @@ def count_flops(step: Step) -> int:
     """Floating-point operations of one forward and backward pass: matrix products and attention."""
     if isinstance(step, Ours):
         set_backend(step.module, "math")  # its matrix products are all counted
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step.forward().backward()
     step.optimizer.zero_grad()
     if isinstance(step, Ours):
@@ -184,7 +181,11 @@ def count_flops(step: Step) -> int:
 
 
 def variants(
-    size: Size, device: torch.device, dtype: torch.dtype = torch.bfloat16, augment: bool = True
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    augment: bool = True,
+    compiled: bool = False,
 ) -> dict[str, Callable[[], Step]]:
     """What is timed of a method, by name; each is built when it is called."""
     from references import build_reference
@@ -203,6 +204,8 @@ def variants(
     }
     if name:
         found[f"ours {low}, {name}"] = lambda: Ours(size, device, dtype, augment=augment, **changes)
+    if compiled:
+        found[f"ours {low}, compiled"] = lambda: Ours(size, device, dtype, augment=augment, compiled=True)
     return found
 
 

@@ -32,10 +32,10 @@ from xscale_lightning.allocator import keep_freed_memory
 STEPS_FOR_MEMORY = 2
 
 
-def measure(size: Size, device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+def measure(size: Size, device: torch.device, dtype: torch.dtype, seconds: float, compiled: bool = False) -> dict:
     """Times, rates and ratios of all variants of one method."""
     augment = device.type == "cpu"
-    steps = {name: build() for name, build in variants(size, device, dtype, augment).items()}
+    steps = {name: build() for name, build in variants(size, device, dtype, augment, compiled).items()}
     flops = {name: count_flops(step) for name, step in steps.items()}
     rates = _rates(steps, device)
     times = common.interleave({name: step.step for name, step in steps.items()}, device, seconds, warmup=1)
@@ -104,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--seconds", type=float, default=15.0, help="time to spend on the pairs of each method")
     parser.add_argument("--only", choices=["time", "memory"], help="memory needs a fresh process per variant")
+    parser.add_argument("--compiled", action="store_true", help="a row with compile_blocks, too: a minute per method")
     parser.add_argument("--scaling", action="store_true", help="cost against image size, bands and batch instead")
     parser.add_argument("--axes", default=",".join(scaling.AXES), help="with --scaling: which of them")
     parser.add_argument("--output", help="folder for the JSON; benchmarks/results unless given")
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{method}: width {size.dim}, {size.image} px, {size.bands} bands, batch {size.batch} ...", flush=True)
         found: dict = {"variants": {}}
         if args.only != "memory":
-            found = {**common.environment(device), **measure(size, device, dtype, args.seconds)}
+            found = {**common.environment(device), **measure(size, device, dtype, args.seconds, args.compiled)}
         if args.only != "time":
             for name in list(variants(size, device, dtype))[:3]:  # the options' rows go without
                 found["variants"].setdefault(name, {})["peak_memory_mb"] = peak_memory(size, name, args)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 KEY = "xscale"
 # Arguments that may change when a run is resumed. Rates and weights (floats, such as a mask ratio) may, too; names,
 # sizes and switches may not: heads or positions, for example, leave no trace in the shapes of the weights.
-FREE = ("optimizer", "views", "attention", "activation_checkpointing", "init_from", "adapt_bands", "test")
+FREE = ("optimizer", "views", "attention", "activation_checkpointing", "compile_blocks")
+FREE += ("init_from", "adapt_bands", "test")
 FIXED_FLOATS = ("mlp_ratio", "norm_eps", "final_norm_eps", "reference_gsd")  # floats that belong to the architecture
 
 

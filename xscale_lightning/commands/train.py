@@ -207,7 +207,7 @@ class CLI(LightningCLI):
             raise UserError(
                 f"trainer.devices {self.trainer.num_devices} is more than the {cores} CPU cores here: give fewer."
             )
-        self.model.check_attention(self.trainer.strategy.root_device)
+        self.model.check_machine(self.trainer.strategy.root_device)
         if self._own_logger and not self.check_only:
             self.trainer.logger = self._logger()
 

@@ -24,7 +24,7 @@ from xscale_lightning.methods.output import Reconstruction, StepOutput
 from xscale_lightning.methods.position import go_on
 from xscale_lightning.methods.sharding import shard_if_asked
 from xscale_lightning.models.attention import Backend, set_backend
-from xscale_lightning.models.blocks import set_checkpointing
+from xscale_lightning.models.blocks import set_checkpointing, set_compiled
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
@@ -47,6 +47,7 @@ class SSLModule(CheckedModule):
             file. It never resumes a run: that is `--ckpt_path`.
         adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.
         activation_checkpointing: compute every block again in the backward pass: less memory, up to a third more work.
+        compile_blocks: torch.compile for the training steps; equal within rounding, after a minute of compiling.
 
     Attributes:
         backbone: the encoder.
@@ -73,6 +74,7 @@ class SSLModule(CheckedModule):
         init_from: str | None = None,
         adapt_bands: bool = False,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.save_hyperparameters()
@@ -80,7 +82,7 @@ class SSLModule(CheckedModule):
         self.bands = bands or generic(3)
         self.views = views
         self.attention: Backend = attention
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.backbone_name, self.backbone_config = backbone.name, backbone
         self.backbone = backbone.build(len(self.bands), self.bands.wavelengths)
         self.register_buffer("mean", torch.tensor(self.bands.means).view(1, -1, 1, 1), persistent=False)
@@ -189,9 +191,10 @@ class SSLModule(CheckedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data that the model cannot take, before the first batch."""
-        self.check_attention(self.trainer.strategy.root_device)
+        self.check_machine(self.trainer.strategy.root_device)
         set_backend(self, self.attention)
         set_checkpointing(self, self.activation_checkpointing)
+        set_compiled(self, self.compile_blocks)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.check_data(data, fitting=stage == "fit")
@@ -236,9 +239,8 @@ class SSLModule(CheckedModule):
             self._flops = ({k: v[:2].detach() for k, v in prepared.items() if isinstance(v, Tensor)}, 0)
         self.log("train/loss", output.loss.detach(), prog_bar=True)
         self.newest_terms = {name: term.detach() for name, term in output.logs.items()}
-        if output.logs:
-            self.log_dict({f"train/{name}": term for name, term in self.newest_terms.items()})
-        self.log_dict({f"schedule/{name}": value for name, value in self._scheduled().items()})
+        terms = {f"train/{name}": term for name, term in self.newest_terms.items()}
+        self.log_dict({**terms, **{f"schedule/{name}": value for name, value in self._scheduled().items()}})
         return output.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -257,8 +259,7 @@ class SSLModule(CheckedModule):
     def _log_evaluation(self, split: str, batch: Batch, batch_idx: int) -> None:
         output = self.evaluate(batch, seed=batch_idx)
         terms = {f"{split}/loss": output.loss, **{f"{split}/{name}": term for name, term in output.logs.items()}}
-        distributed = self.trainer.world_size > 1
-        self.log_dict(terms, on_epoch=True, batch_size=len(batch["image"]), sync_dist=distributed)
+        self.log_dict(terms, on_epoch=True, batch_size=len(batch["image"]), sync_dist=self.trainer.world_size > 1)
 
     def on_train_epoch_end(self) -> None:
         """Say how many damaged samples the data module had to replace, if any: `data/skipped`."""

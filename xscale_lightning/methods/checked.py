@@ -1,6 +1,8 @@
 """What a method refuses before its first step, and at its first batch: data and sizes that it cannot take."""
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,14 +62,20 @@ class CheckedModule(ScheduledModule):
             return str(error)
         return ""
 
-    def check_attention(self, device: torch.device) -> None:
-        """Refuse an attention backend that cannot run on `device`.
+    def check_machine(self, device: torch.device) -> None:
+        """Refuse an attention backend that cannot run on `device`, and compiled blocks where nothing compiles.
 
         Raises:
             UserError: with the reason.
         """
         if self.attention != "auto" and self.attention not in available_backends(device):
             raise UserError(f"model.attention {self.attention!r} cannot run: {xformers_status()[1]}. Set it to auto.")
+        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+        if self.compile_blocks and not any(map(shutil.which, compilers)):
+            raise UserError(
+                f"model.compile_blocks: torch.compile needs a C++ compiler, and there is no {' or '.join(compilers)}: "
+                "install one, or leave it out."
+            )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int, int]:
         """Token grid `(G, H, W)` of a training image of `height x width` pixels."""

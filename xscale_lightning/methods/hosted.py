@@ -20,7 +20,7 @@ from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.models.tokens import Tokens
 from xscale_lightning.optim import OptimizerConfig
 
-SHARED = ("bands", "backbone", "optimizer", "views", "attention", "activation_checkpointing")
+SHARED = ("bands", "backbone", "optimizer", "views", "attention", "activation_checkpointing", "compile_blocks")
 
 
 class HostedMethod(SSLModule):
@@ -39,6 +39,7 @@ class HostedMethod(SSLModule):
         init_from: as in `SSLModule`; for the backbone that both share.
         adapt_bands: as in `SSLModule`.
         activation_checkpointing: as in `SSLModule`.
+        compile_blocks: as in `SSLModule`.
 
     Attributes:
         host: the host method.
@@ -59,9 +60,10 @@ class HostedMethod(SSLModule):
         init_from: str | None = None,
         adapt_bands: bool = False,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         start = (init_from, adapt_bands)
-        super().__init__(bands, backbone, optimizer, views, attention, *start, activation_checkpointing)
+        super().__init__(bands, backbone, optimizer, views, attention, *start, activation_checkpointing, compile_blocks)
         shared = {"bands": self.bands, "backbone": backbone, "optimizer": optimizer, "views": views}
         self.host = build_host(host, host_args or {}, {**shared, "attention": attention})
         self.backbone, self.views = self.host.backbone, self.host.views

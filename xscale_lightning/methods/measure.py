@@ -23,7 +23,7 @@ def evaluation(module: nn.Module) -> Iterator[None]:
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its many shapes would each be compiled
             yield
     finally:
         for child, mode in modes:
@@ -45,7 +45,12 @@ def count_flops(module: "SSLModule", sample: dict[str, Any]) -> int:
     set_backend(module, "math")  # its matrix products are all counted
     set_checkpointing(module, False)  # computing again is no work of the model
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+        with (
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng(devices=devices),
+            FlopCounterMode(display=False) as counter,
+        ):
             # Views stand in for the parameters: the counter's hooks refuse a module that returns a parameter as it is,
             # such as a learned position table. Not by `functional_call`, which leaves stand-ins behind in a module that
             # is registered twice.

@@ -88,6 +88,7 @@ class SpatialAffinity(HostedMethod):
         init_from: weights that the encoder starts from, see `SSLModule`.
         adapt_bands: allow `init_from` weights of other bands.
         activation_checkpointing: see `SSLModule`.
+        compile_blocks: see `SSLModule`.
 
     Attributes:
         host: the host method.
@@ -121,8 +122,9 @@ class SpatialAffinity(HostedMethod):
         init_from: str | None = None,
         adapt_bands: bool = False,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
-        rest = (init_from, adapt_bands, activation_checkpointing)
+        rest = (init_from, adapt_bands, activation_checkpointing, compile_blocks)
         super().__init__(host, host_args, bands, backbone, optimizer, views, attention, *rest)
         if ratio < 1:
             raise UserError(f"ratio must be a whole number of HR pixels per MR pixel, at least 1, got {ratio}.")

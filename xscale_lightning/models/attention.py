@@ -62,6 +62,7 @@ def available_backends(device: torch.device) -> list[str]:
     return ["blocked", "sdpa", "math"] if device.type == "cpu" else ["sdpa", "math"]
 
 
+@torch.compiler.disable  # its kernels are fused as they are, and lists of lengths would each be compiled anew
 def attend(
     q: Tensor,
     k: Tensor,

@@ -82,6 +82,17 @@ def set_checkpointing(module: nn.Module, on: bool) -> None:
             block.checkpointing = on
 
 
+def set_compiled(module: nn.Module, on: bool) -> None:
+    """Let torch.compile fuse what lies between the matrix products of every block inside `module`, or no longer.
+
+    Attention keeps its kernels (`attend` is not compiled). Compiled on the first call; shapes that change are compiled
+    once more, for any size.
+    """
+    for block in module.modules():
+        if isinstance(block, Block) and on != (block._compiled_call_impl is not None):
+            block.compile() if on else setattr(block, "_compiled_call_impl", None)
+
+
 def init_weights(module: nn.Module) -> None:
     """MAE's initialisation: Xavier-uniform matrices, zero biases, LayerNorm 1 and 0."""
     if isinstance(module, nn.Linear):
