@@ -9,7 +9,8 @@ import functools
 import importlib
 import itertools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from xscale_lightning.models.blocked_attention import blocked_attention
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Backend = Literal["auto", "xformers", "sdpa", "blocked", "math"]
 
 # Measured on a server CPU with bfloat16 units (benchmarks/attention.py): in bfloat16 attention in blocks is up to six
@@ -62,7 +65,12 @@ def available_backends(device: torch.device) -> list[str]:
     return ["blocked", "sdpa", "math"] if device.type == "cpu" else ["sdpa", "math"]
 
 
-@torch.compiler.disable  # its kernels are fused as they are, and lists of lengths would each be compiled anew
+def _not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Kernels are fused as they are, and torch.compile would begin anew for every list of lengths."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType] (not typed)
+
+
+@_not_compiled
 def attend(
     q: Tensor,
     k: Tensor,
