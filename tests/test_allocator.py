@@ -28,7 +28,7 @@ def test_steps_take_the_same_memory_again():
     kept, faults = done.stdout.split()
     if kept == "False":
         pytest.skip("not glibc")
-    assert int(faults) < 16 * 1024 / 4, done.stderr
+    assert int(faults) < 50, done.stderr  # without it 204 with large pages (of 2 MiB), 16,352 with small ones
 
 
 def test_the_users_own_settings_win(monkeypatch):

@@ -4,7 +4,7 @@ Files from others are opened with `weights_only=True`: loading never runs code.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from xscale_lightning import __version__
 from xscale_lightning.data.bands import Bands
 from xscale_lightning.errors import UserError
-from xscale_lightning.opening import load_torch
+from xscale_lightning.opening import load_torch, read_record
 from xscale_lightning.records import check_arguments, check_record, check_state, trusted_class
 
 if TYPE_CHECKING:
@@ -85,6 +85,51 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"checkpoint {str(path)!r} was not written by xscale: it says nothing of its method.")
     check_record(checkpoint[KEY], str(path))
     return checkpoint, checkpoint[KEY]
+
+
+def by_position(files: Iterable[Path], skipped: Callable[[str], None] | None = None) -> list[Path]:
+    """Checkpoints by how far their training had come, the furthest first; only among equals the time of a file counts.
+
+    Times say nothing once a folder has been copied. The records alone are read: that the weights are whole is for
+    `read_metadata` to say.
+
+    Args:
+        files: checkpoints.
+        skipped: is told of each whose record cannot be read, which is left out; None leaves them out in silence.
+    """
+    found = []
+    for path in files:
+        try:
+            found.append((_position(path), path.stat().st_mtime_ns, path.name, path))
+        except UserError as error:
+            if skipped is not None:
+                skipped(str(error))
+        except OSError:  # gone since it was listed
+            continue
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _position(path: Path) -> tuple[int, ...]:
+    """Optimizer steps, epochs, batches and batches of validation that lie behind a checkpoint."""
+    record = read_record(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{str(path)!r} is no training checkpoint: it is a {type(record).__name__}.")
+    loop = ("loops", "fit_loop")
+    counts = [
+        ("global_step",),
+        (*loop, "epoch_progress", "current", "processed"),
+        (*loop, "epoch_loop.batch_progress", "total", "processed"),
+        (*loop, "epoch_loop.val_loop.batch_progress", "total", "processed"),
+    ]
+    numbers = [_within(record, keys) for keys in counts]
+    return tuple(number if type(number) is int else 0 for number in numbers)
+
+
+def _within(value: Any, keys: Sequence[str]) -> Any:
+    """What stands under some keys, one in the other; None where one is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def check_resume(path: str | Path, module: "SSLModule") -> None:

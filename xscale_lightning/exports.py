@@ -6,9 +6,6 @@ the encoder was trained on; our own loader leaves that table out and computes po
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from xscale_lightning.models.registry import SIZES, BackboneConfig
 from xscale_lightning.models.timm_vit import TimmViT
 from xscale_lightning.models.vit import Encoder, ViT
 from xscale_lightning.opening import load_safetensors
+from xscale_lightning.places import beside, put_in_place, recover
 from xscale_lightning.pretrained import BANDS, CONFIG, WEIGHTS, Pretrained
 
 CARD = "README.md"
@@ -50,25 +48,22 @@ def write_export(source: Pretrained, folder: str | Path, card: Card, overwrite: 
     check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with beside(target) as place:
+            work = place / "new"
+            work.mkdir()
+            config = _fill(source, work)
+            (work / CARD).write_text(card(config), encoding="utf-8")
+            for file in work.iterdir():
+                sync(file)
+            sync_folder(work)
+            check_target(target, overwrite)  # another process may have been faster
+            if target.is_dir():
+                work.chmod(target.stat().st_mode & 0o777)
+            put_in_place(work, target)
+            sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"OUT '{target}' cannot be written ({error.strerror}); choose another.") from error
-    try:
-        config = _fill(source, work)
-        (work / CARD).write_text(card(config), encoding="utf-8")
-        for file in work.iterdir():
-            sync(file)
-        sync_folder(work)
-        work.chmod(0o755)  # mkdtemp's folders are for the owner alone
-        check_target(target, overwrite)  # another process may have been faster
-        _put_in_place(work, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
         why = reason(error, target)
         raise UserError(f"OUT '{target}' cannot be written ({why}); {advice(error, 'choose another')}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return config
 
 
@@ -78,6 +73,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         UserError: with the remedy.
     """
+    recover(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
@@ -86,20 +82,6 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"OUT '{target}' exists and is no export, so it is not overwritten; choose another folder.")
     if not overwrite:
         raise UserError(f"OUT '{target}' exists; choose another folder, or replace it with --overwrite.")
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(work, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(source: Pretrained, work: Path) -> dict[str, Any]:

@@ -10,20 +10,21 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.places import PART, beside
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on the disk, in the quota, in a file
-PART = ".part"  # end of the name of a file that is not whole
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str], suffix: str = PART) -> Iterator[Path]:
     """Path of an empty file to fill; after the body it takes the name `path`, unless the body has raised.
+
+    A new file may be read by whom the process's umask lets; one that replaces another is as open as that.
 
     Args:
         path: the file to be.
@@ -33,17 +34,14 @@ def whole(path: str | os.PathLike[str], suffix: str = PART) -> Iterator[Path]:
         OSError: it cannot be written; the temporary file is gone, and what was there under the name is untouched.
     """
     target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(prefix=".", suffix=suffix, dir=target.parent)
-    part = Path(name)
-    os.close(handle)
-    try:
+    with beside(target) as folder:
+        part = folder / f"new{suffix}"
+        part.touch()
         yield part
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(part, os.stat(target).st_mode & 0o777)
         sync(part)
-        os.chmod(part, 0o644)  # mkstemp's files are for the owner alone
         os.replace(part, target)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     sync_folder(target.parent)
 
 

@@ -88,6 +88,12 @@ def _is_at(handle: int, path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether this process holds a folder."""
+    path = folder.resolve() / LOCK
+    return path in _HELD and _is_at(_HELD[path][0], path)
+
+
 def release(path: Path | None) -> None:
     """Give a folder back, as often as it was taken; its lock file is removed."""
     if path is None or path not in _HELD:

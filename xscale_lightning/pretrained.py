@@ -138,7 +138,9 @@ def locate(path: str | Path) -> Path:
             f"({CONFIG} and {WEIGHTS}): give the folder of a run, of an export, or a file."
         )
     last = [file for file in found if file.name.startswith("last")]
-    return max(last or found, key=lambda file: file.stat().st_mtime)
+    if len(last or found) == 1:
+        return (last or found)[0]
+    return next(iter(checkpoints.by_position(last or found)), (last or found)[0])  # the latter tells what is wrong
 
 
 def of_method(method: "SSLModule", path: Path) -> Pretrained:

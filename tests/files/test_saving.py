@@ -232,6 +232,7 @@ def small_disk(tmp_path):
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mount is not permitted here")
     yield folder
+    unwritten.forget()
     subprocess.run(["umount", str(folder)], check=True)
 
 

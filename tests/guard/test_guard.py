@@ -118,8 +118,14 @@ def test_a_skipped_update_leaves_everything_as_it_was(tmp_path, method, where):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"accumulate_grad_batches": 2}],
-    ids=["bf16", "fp16", "accumulation"],
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "16-mixed"},
+        {"accumulate_grad_batches": 2},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ],
+    ids=["bf16", "fp16", "accumulation", "accumulation_clipped_by_value", "clipped_by_value"],
 )
 def test_precisions_and_accumulation(tmp_path, options):
     steps = 3 if "accumulate_grad_batches" in options else 5

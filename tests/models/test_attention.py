@@ -126,3 +126,32 @@ def test_packed_block_equals_separate_blocks():
     a, b = torch.randn(1, 4, 24).double(), torch.randn(1, 7, 24).double()
     packed = block(torch.cat([a, b], 1), seqlens=(4, 7))
     assert (packed - torch.cat([block(a), block(b)], 1)).abs().max() < 1e-12
+
+
+def _penalty(backend: str):
+    """Gradient of a gradient's size, as penalties and Hessians have it."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, length, 3, 4, dtype=torch.float64, requires_grad=True) for length in (5, 7, 7)]
+    out = attend(*inputs, backend=backend).sin().sum()
+    first = torch.autograd.grad(out, inputs, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+
+def test_gradients_of_gradients_go_through_the_blocks():
+    for ours, theirs in zip(_penalty("blocked"), _penalty("math"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_torch_func_and_forward_mode_go_through_the_blocks():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 3, 4, dtype=torch.float64) for _ in range(3))
+
+    def loss(backend: str):
+        return lambda q: attend(q, k, v, backend=backend).sin().sum()
+
+    for make in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(make(loss("blocked"))(q), make(loss("math"))(q))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        found = torch.autograd.forward_ad.unpack_dual(loss("blocked")(dual)).tangent
+    torch.testing.assert_close(found, torch.func.grad(loss("math"))(q).sum())

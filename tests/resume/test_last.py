@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xscale_lightning import cli
+from xscale_lightning.checkpoints import by_position
 from xscale_lightning.commands.resume import (
     differs,
     first_difference,
@@ -18,6 +20,7 @@ from xscale_lightning.commands.resume import (
     newest_checkpoint,
     runs_of,
 )
+from xscale_lightning.pretrained import locate
 
 LAST = ("--ckpt_path", "last")
 
@@ -67,6 +70,38 @@ def test_damaged_files_are_passed_over(command, capsys):
     for file in files.iterdir():
         file.write_bytes(b"")
     assert newest_checkpoint(run) is None
+
+
+def test_times_of_files_do_not_count(command, capsys):
+    """After a copy all are of one time, or in any order."""
+    command.killed_at(7)
+    (run,) = command.runs()
+    last, older = (run / "checkpoints" / name for name in ("last.ckpt", "step_0000005.ckpt"))
+    (run / "checkpoints" / "z.ckpt").write_bytes(b"PK\x05\x06" + bytes(18))
+    for times in ((1, 2), (2, 1), (3, 3)):
+        for path, seconds in zip((last, older), times, strict=True):
+            os.utime(path, (seconds, seconds))
+        assert newest_checkpoint(run) == last
+        assert "passes over a file" in (message := capsys.readouterr().err) and "z.ckpt" in message
+    os.utime(older, (9, 9))
+    assert locate(run / "checkpoints") == last, "what is called last goes before others"
+    last.rename(run / "checkpoints" / "last-v1.ckpt")
+    older.rename(last)
+    assert locate(run) == run / "checkpoints" / "last-v1.ckpt"
+
+
+def test_records_are_read_without_their_weights(command):
+    """So that many large checkpoints are put in order in no time; the one that is taken is read whole."""
+    command.killed_at(7)
+    (run,) = command.runs()
+    last = run / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    with zipfile.ZipFile(last) as archive:
+        record = max(archive.infolist(), key=lambda record: record.file_size if "/data/" in record.filename else 0)
+    content[record.header_offset + 200] ^= 1  # a bit of a weight
+    last.write_bytes(content)
+    assert by_position([last, run / "checkpoints" / "step_0000005.ckpt"])[0] == last
+    assert newest_checkpoint(run) == run / "checkpoints" / "step_0000005.ckpt"
 
 
 def test_a_run_that_is_named_goes_on_or_is_refused(command, capsys, monkeypatch):

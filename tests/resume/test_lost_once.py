@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import torch
 
 from xscale_lightning.callbacks.geometry import FeatureGeometry
 
@@ -44,3 +45,12 @@ def test_a_kill_during_the_last_measurement_does_not_lose_it(command):
     (run,) = command.runs()
     metrics = json.loads((run / "results.json").read_text())["metrics"]
     assert "geometry/rank" in metrics and {record["last_step"] for record in metrics.values()} == {10}
+
+
+@pytest.mark.parametrize("minutes", [None, 1e-9])
+def test_the_last_checkpoint_has_one_epoch_whatever_the_clock_says(command, minutes):
+    trainer = {**command.config["trainer"], "val_check_interval": 3}  # files fall due after validations, at 3 and 8
+    assert command.fit(checkpoint={"minutes": minutes}, trainer=trainer) == 0
+    (last,) = command.output.rglob("last.ckpt")
+    state = torch.load(last, weights_only=True)
+    assert (state["global_step"], state["epoch"]) == (10, 1)

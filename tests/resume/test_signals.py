@@ -79,6 +79,30 @@ def test_a_signal_while_validating_waits_for_its_end(command, monkeypatch):
     assert state["global_step"] == 2
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_signal_after_the_end_says_what_is_written(command, monkeypatch, capfd, full):
+    """12 steps are no two epochs more: `last.ckpt` is written after the signal, and the disk may be full by then."""
+    steps = {"max_epochs": 9, "max_steps": 12}
+    saving = {"minutes": None, "every_n_epochs": 2}
+    changes = {"checkpoint": saving, "trainer": {**command.config["trainer"], **steps}}
+
+    def on_train_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+        if full:
+            monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    monkeypatch.setattr(Trace, "on_train_end", on_train_end, raising=False)
+    assert command.fit(**changes) == (1 if full else 75)
+    message, found = capfd.readouterr().err, list(command.output.rglob("last.ckpt"))
+    assert "stopped by SIGTERM after the end of training" in message
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in found]
+    if full:
+        assert "the last.ckpt of its end (step 12) could not be written; that of step 10 is kept" in message
+        assert steps == [10]
+    else:
+        assert steps == [12] and f"its weights are in '{found[0]}'" in message
+
+
 def test_without_checkpoints_it_says_that_nothing_is_kept(send, train, tmp_path, monkeypatch):
     send(1, signal.SIGTERM)
     monkeypatch.setattr(preemption, "RunCheckpoint", Trace)  # none of that kind is there

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: it writes a checkpoint at the next optimizer step and ends in good order."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -94,10 +95,22 @@ class Preemption(Callback):
         self._agree(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is nothing to save: last measurements and tests end at once."""
-        if self._ours():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, _leave)
+        """From here on there is nothing to train: last measurements end at once, a last checkpoint is written first."""
+        if not self._ours():
+            return
+        writer = next(iter(_writers(trainer)[-1:]), None)
+
+        def leave(number: int, frame: FrameType | None = None) -> None:
+            if writer is not None and not writer.ended:
+                writer.leave = functools.partial(leave, number)
+                return
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise _stopped_after_end(number, writer, trainer.global_step)
+
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, leave)
+        if self._signal is not None and trainer.world_size == 1:  # since the last step
+            leave(self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening, so that Ctrl-C ends a report that takes too long."""
@@ -124,7 +137,7 @@ class Preemption(Callback):
             mine = self._highest(trainer)
         if mine is None:
             return
-        writers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+        writers = _writers(trainer)
         stopped = self._stopped(trainer, mine, writers)
         if not writers:
             raise stopped
@@ -153,13 +166,22 @@ class Preemption(Callback):
         return Stopped(f"stopped by {name}; {how}", code if first else 0, requeue and first)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _writers(trainer: Trainer) -> list[RunCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+
+
+def _stopped_after_end(number: int, writer: RunCheckpoint | None, step: int) -> Stopped:
+    """What is said of a training that was at its end, of `step` optimizer steps."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    raise Stopped(
-        f"stopped by {name} after the end of training; its weights are in last.ckpt",
-        INTERRUPTED if number == signal.SIGINT else PREEMPTED,
-    )
+    if writer is None or not writer.save_last:
+        where = "no last.ckpt is configured: what other checkpoints have is kept"
+    elif writer.last_step == step:
+        where = f"its weights are in '{writer.last_model_path}'"
+    else:
+        found = "what was there before" if writer.last_step is None else f"that of step {writer.last_step}"
+        where = f"the last.ckpt of its end (step {step}) could not be written; {found} is kept"
+    code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+    return Stopped(f"stopped by {name} after the end of training; {where}", code)
 
 
 def queue_again() -> None:

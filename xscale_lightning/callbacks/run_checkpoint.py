@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class RunCheckpoint(Checkpoint):
         super().__init__(**kwargs)
         self.minutes = minutes
         self.stopped: Stopped | None = None  # what to raise after the next checkpoint: see `Preemption`
+        self.ended = False  # whether the last one of the training is written, or could not be
+        self.leave: Callable[[], None] | None = None  # what to do then
         self._due_files = self._due_last = self._stop_later = False
         self._written = 0.0
 
@@ -54,7 +57,8 @@ class RunCheckpoint(Checkpoint):
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._written = time.monotonic()
-        self._due_files = self._due_last = self._stop_later = False
+        self._due_files = self._due_last = self._stop_later = self.ended = False
+        self.leave = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,9 +94,14 @@ class RunCheckpoint(Checkpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is due."""
+        """Write what is due; after the last epoch that is `last.ckpt` in any case, here and not at the end of training.
+
+        Lightning counts the epoch as complete only in between: the same weights would have one epoch or another.
+        """
         if self._should_save_on_train_epoch_end(trainer) and self._is_epochs_turn(trainer):
             self._due_files = True
+        if trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs:
+            self._due_last = bool(self.save_last)
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,6 +109,9 @@ class RunCheckpoint(Checkpoint):
         super().on_train_end(trainer, pl_module)
         if self.save_last and not self._should_skip_saving_checkpoint(trainer) and trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.ended = True
+        if self.leave is not None:
+            self.leave()
 
     def _stops_inside_epoch(self, trainer: Trainer) -> bool:
         """Whether the run ends here (`max_time`, early stopping), before the end of an epoch.

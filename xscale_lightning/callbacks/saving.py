@@ -136,8 +136,13 @@ class _Writer:
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's, which after a checkpoint that could not be written keeps the files it had, and lists them."""
+    """Lightning's, which after a checkpoint that could not be written keeps the files it had, and lists them.
 
+    Attributes:
+        last_step: optimizer step of the newest `last.ckpt` that this process has written; None before the first.
+    """
+
+    last_step: int | None = None
     _failed = False
 
     @property
@@ -168,6 +173,8 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._attempt(super()._save_last_checkpoint, trainer, monitor_candidates)
+        if self.save_last and not self._failed:
+            self.last_step = trainer.global_step
 
     def _attempt(self, save: Callable[..., None], trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         before = {name: copy.copy(getattr(self, name)) for name in LISTED}

@@ -1,7 +1,7 @@
 """Finished parts of a long command, kept beside its output until that is whole, so that a next try goes on."""
 
+import contextlib
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -14,8 +14,10 @@ import numpy as np
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import sync_folder, told, whole, write_bytes
 from xscale_lightning.locks import LOCK, acquire, release
+from xscale_lightning.places import put_in_place, remove_abandoned
 
 JOB = "job.json"
+REPLACED = ".replaced"  # in what an output has replaced, until that is gone
 MARK = "part_"  # before every name in a file: numpy takes some, such as `file`, for arguments
 
 
@@ -44,9 +46,12 @@ class Journal:
 
     def _begin(self, job: Mapping[str, Any], restart: bool) -> None:
         folder = self.folder
+        remove_abandoned(folder)
+        self._discard_replaced()
+        if not (folder / JOB).is_file() and (found := [p.name for p in folder.iterdir() if not p.name.startswith(".")]):
+            raise UserError(f"'{folder}' is needed, and there is something else ({found[0]}): choose another output.")
         if restart and (folder / JOB).is_file():
-            self._keep({JOB})
-            (folder / JOB).unlink()  # the last: without it the rest is no job
+            self._empty()
         wanted = json.loads(json.dumps(job))  # as it reads back: tuples are lists, for example
         if (folder / JOB).is_file():
             self._check(wanted)
@@ -104,28 +109,44 @@ class Journal:
         Raises:
             UserError: it cannot be put in place.
         """
-        old = target.with_name(f"{target.name}.old")
         with told(target, remedy=f"'{self.folder}' is whole, give it that name"):
             self._keep({*files, JOB})
-            (self.folder / JOB).unlink()
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(self.folder, target)
-        (target / LOCK).unlink(missing_ok=True)
+            if target.is_dir():
+                self.folder.chmod(target.stat().st_mode & 0o777)
+                (target / REPLACED).touch()
+            put_in_place(self.folder, target)
+        for name in (JOB, LOCK):
+            (target / name).unlink(missing_ok=True)
         sync_folder(target.parent)
         release(self._lock)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError, UserError):  # the next try does
+            lock = acquire(self.folder)  # what was replaced has that name now, unless it is gone
+            if self._discard_replaced():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            release(lock)
+
+    def _discard_replaced(self) -> bool:
+        if not (self.folder / REPLACED).is_file():
+            return False
+        self._keep({REPLACED})
+        (self.folder / REPLACED).unlink()  # the last: without it the rest could be anything
+        return True
 
     def _keep(self, files: Collection[str]) -> None:
         for path in self.folder.iterdir():
             if path.name not in (LOCK, *files):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _empty(self) -> None:
+        self._keep({JOB})
+        (self.folder / JOB).unlink()  # the last: without it the rest is no job
 
     def remove(self) -> None:
         """Throw all parts away; nothing else is in such a folder."""
-        if self.folder.is_dir() and (self.folder / JOB).is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next try does
+            if self.folder.is_dir() and (self.folder / JOB).is_file():
+                self._empty()
+                shutil.rmtree(self.folder)
         release(self._lock)
 
 

@@ -4,12 +4,12 @@ import argparse
 import keyword
 import os
 import re
-import shutil
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import told
+from xscale_lightning.places import beside
 
 # kind -> the lines of its own options in the configuration; its template is method_KIND.py.txt
 KINDS = {
@@ -40,25 +40,19 @@ def write_project(name: str, parent: Path, kind: str = "denoising") -> Path:
     if target.exists():
         raise UserError(f"folder {str(target)!r} exists already: choose another NAME or --into another folder.")
     words = {"NAME": name, "CLASS": "".join(part.capitalize() for part in name.split("_")), "OPTIONS": KINDS[kind]}
-    try:
+    with told(target, "--into "):
         parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
-    except OSError as error:
-        raise UserError(f"--into {str(parent)!r} cannot be written ({error.strerror}): choose another.") from error
-    try:
-        for template, path in FILES.items():
-            text = (files("xscale_lightning.commands") / "templates" / template.format(kind=kind)).read_text(
-                encoding="utf-8"
-            )
-            for word, value in words.items():
-                text = text.replace(f"@{word}@", value)
-            file = draft / path.format(name=name)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-        draft.chmod(0o755)
-        os.rename(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with beside(target) as place:
+            draft = place / "new"
+            for template, path in FILES.items():
+                source = files("xscale_lightning.commands") / "templates" / template.format(kind=kind)
+                text = source.read_text(encoding="utf-8")
+                for word, value in words.items():
+                    text = text.replace(f"@{word}@", value)
+                file = draft / path.format(name=name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+            os.rename(draft, target)
     return target
 
 

@@ -23,6 +23,7 @@ from xscale_lightning.data.patches import EpochSampler
 from xscale_lightning.data.shards import FORMAT, INDEX, Shard, check_shards, read_index, write_shard, write_text
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import free_space, size
+from xscale_lightning.places import recover
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
             check_shards(args.out, shards, hashes=True)
         print(f"{args.out}: {_summary(splits)}; every file has its SHA-256")
         return 0
+    recover(args.out)
     if args.out.exists() and not (args.overwrite and (args.out / INDEX).is_file()):
         remedy = "replace it with --overwrite" if (args.out / INDEX).is_file() else "it is no pack"
         raise UserError(f"OUT '{args.out}' exists; choose another folder ({remedy}).")

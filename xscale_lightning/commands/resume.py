@@ -62,11 +62,10 @@ def find(config: Mapping[str, Any], arguments: list[str], fitting: bool = True) 
     """
     named = named_run(arguments)
     if named is not None:
-        path = newest_checkpoint(named)
-        if path is None:
-            remedy = "leave out --ckpt_path to start anew" if fitting else "give the file of a checkpoint"
-            raise UserError(f"--ckpt_path last: no checkpoint that can be read is in {where(named)}: {remedy}.")
-        return settle(named, path, config, fitting)
+        if path := newest_checkpoint(named):
+            return settle(named, path, config, fitting)
+        remedy = "leave out --ckpt_path to start anew" if fitting else "give the file of a checkpoint"
+        raise UserError(f"--ckpt_path last: no checkpoint that can be read is in {where(named)}: {remedy}.")
     output, reason = Path(config["output"]), ""
     for run, saved in runs_of(output, config):
         if difference := differs(saved, config, fitting):
@@ -101,10 +100,8 @@ def settle(run: Path, path: Path, config: Mapping[str, Any], fitting: bool) -> F
         )
     found = Found(run, path, int(checkpoint["global_step"]), saved, stay=not finished)
     place = "" if found.stay else ", which was finished, in a new folder"
-    if not fitting:
-        say(f"--ckpt_path last: '{path}' (step {found.step}).")
-        return found
-    say(f"--ckpt_path last: going on with the run in '{run}'{place}, from '{path}' (step {found.step}).")
+    what = f"going on with the run in '{run}'{place}, from " if fitting else ""
+    say(f"--ckpt_path last: {what}'{path}' (step {found.step}).")
     return found
 
 
@@ -132,16 +129,21 @@ def where(run: Path) -> str:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; of a run in stages that of its last stage that has one."""
+    """The checkpoint of a run that is furthest on and whole; of a run in stages of its last stage that has one."""
     for folder in [*reversed(stage_folders(run)), run]:
         files = [path for path in (folder / "checkpoints").glob("*.ckpt") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+        for path in checkpoints.by_position(files, pass_over):
             try:
                 checkpoints.read_metadata(path)
                 return path
             except UserError as error:
-                say(f"warning: --ckpt_path last passes over a file. {error}")
+                pass_over(error)
     return None
+
+
+def pass_over(problem: object) -> None:
+    """Say that a checkpoint cannot be read."""
+    say(f"warning: --ckpt_path last passes over a file. {problem}")
 
 
 def runs_of(output: Path, config: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -179,9 +181,8 @@ def _is_stage(stage: Any) -> bool:
 
 def is_finished_run(run: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run has come to its end: of a run in stages the last one has."""
-    folder, stages = run, config.get("stages") or []
-    if stages:
-        folder = run / f"stage_{len(stages)}_{stages[-1]['name']}"
+    stages = config.get("stages") or []
+    folder = run / f"stage_{len(stages)}_{stages[-1]['name']}" if stages else run
     try:
         content = read_json(folder / "results.json", "results.json")
     except UserError:

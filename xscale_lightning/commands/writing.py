@@ -1,6 +1,7 @@
 """A run's folder while the run writes into it: held by one process, and never that of another run."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from xscale_lightning.callbacks.event_log import protect_loggers
 from xscale_lightning.callbacks.saving import use_checkpoint_files
 from xscale_lightning.errors import UserError
-from xscale_lightning.files import PART
 from xscale_lightning.locks import held
+from xscale_lightning.places import PART
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def writing(trainer: Trainer, resumed: Path | None, checkpoint: str | None) -> I
         check_unused(folder)
     with held(folder, "run folder"):
         for part in folder.rglob(f".*{PART}") if folder is not None else ():  # of a process that was killed
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         yield
 
 

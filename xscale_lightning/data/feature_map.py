@@ -1,6 +1,8 @@
 """A GeoTIFF whose pixels are patches: one band per feature, or principal components of them."""
 
+import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import numpy as np
 from xscale_lightning.data.image_window import OpenImage
 from xscale_lightning.data.scene_windows import Tiling
 from xscale_lightning.errors import UserError
-from xscale_lightning.files import whole
+from xscale_lightning.files import told, whole
 
 Rows = Callable[[], Iterator[tuple[int, np.ndarray]]]
 MAX_BANDS = 65535  # of a TIFF
+PROBE = 2**22  # bytes: more than GDAL may have had left to write when it closed a file
 
 
 def write_feature_map(
@@ -45,16 +48,57 @@ def write_feature_map(
     # One row per block and band: whole rows are written once, and nothing is compressed again.
     profile |= {"interleave": "band", "blockysize": 1, "tiled": False}
     profile |= {"crs": image.crs, "transform": place} if image.crs else {}
-    try:
-        with whole(path, ".part.tif") as part, warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with told(path, "--map "), whole(path, ".part.tif") as part, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        problem = ""
+        try:
+            sums = []
             with rasterio.open(part, "w", **profile) as file:
                 for first, values in rows():
                     values = values if components is None else components.project(values)
+                    values = np.ascontiguousarray(values, np.float32)
                     file.write(values, window=Window(0, first, width, values.shape[1]))  # type: ignore[arg-type]
+                    sums.append((first, values.shape[1], zlib.crc32(values.data)))
                 file.descriptions = tuple(names)
-    except (OSError, RasterioError) as error:
-        raise UserError(f"--map '{path}' cannot be written ({error}); choose another.") from error
+            problem = _difference(part, width, sums)
+        except RasterioError as error:
+            problem = str(error.__cause__ or error).splitlines()[0]
+        if problem:
+            _check_room(part)
+            raise UserError(f"--map '{path}' cannot be written ({problem}); choose another.")
+
+
+def _difference(part: Path, width: int, sums: Sequence[tuple[int, int, int]]) -> str:
+    """What is wrong with a map that was written; "" if it is whole.
+
+    GDAL says nothing where the disk gets full while it closes a file: it is read once more.
+
+    Args:
+        part: the file.
+        width: its columns.
+        sums: first row, number of rows and checksum of what was written.
+    """
+    import rasterio
+    from rasterio.windows import Window
+
+    with rasterio.open(part) as file:
+        for first, count, wanted in sums:
+            found = file.read(window=Window(0, first, width, count))  # type: ignore[arg-type]
+            if zlib.crc32(found.data) != wanted:
+                return f"row {first} is not as it was written"
+    return ""
+
+
+def _check_room(part: Path) -> None:
+    """Say it if there is no room, where a library does not say why it cannot write.
+
+    Raises:
+        OSError: as the system has it.
+    """
+    with part.open("ab") as file:
+        file.write(bytes(PROBE))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Components:
