@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -272,3 +273,37 @@ def test_batches_of_damaged_samples_alone(folder, tmp_path, capsys):
     shutil.copy(folder / good, root / good)  # one sample, by which bands and size are known
     assert cli.main([*command(root, tmp_path / "one"), "--splits", "train"]) == 0
     assert len(PackedData(str(tmp_path / "one"), num_workers=0).dataset("train")) == 1
+
+
+def test_the_doctor_looks_through_a_pack(packed, tmp_path, capsys):
+    pack, report = tmp_path / "pack", tmp_path / "report.json"
+    shutil.copytree(packed, pack)
+    words = ["doctor", "--data", "PackedData", "--data.root", str(pack), "--report", str(report)]
+
+    def kinds() -> dict[str, str]:
+        return {Path(row["path"]).name: row["kind"] for row in json.loads(report.read_text()) if row["kind"]}
+
+    assert cli.main(words) == 0 and not kinds()
+    assert "none is damaged" in capsys.readouterr().out
+    images = np.load(pack / "train-00000.image.npy")
+    images[3] = 7
+    np.save(pack / "train-00000.image.npy", images)
+    cut = pack / "val-00000.image.npy"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (pack / "test-00000.label.npy").unlink()
+    assert cli.main(words) == 1
+    found = kinds()
+    (sample,) = [name for name in found if " sample " in name or name.endswith(".tif)")]
+    assert found.pop(sample) == "constant"
+    wanted = {"train-00000.image.npy": "checksum", "val-00000.image.npy": "truncated"}
+    assert found == {**wanted, "test-00000.label.npy": "missing"}
+    assert "train-00000.image.npy sample 3" in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_told_by_its_own_name(folder, caplog):
+    """GDAL's own messages know the file in memory alone; none of them says its name there."""
+    data = source(folder)
+    list(data.val_dataloader())
+    (record,) = [record.getMessage() for record in caplog.records if "is not readable" in record.getMessage()]
+    assert not re.search("[0-9a-f]{8}-[0-9a-f]{4}", caplog.text) and "vsimem" not in caplog.text
+    assert data.open_source("val").files[1] in record
