@@ -124,3 +124,27 @@ def held(folder: Path | None, what: str = "folder") -> Iterator[None]:
         yield
     finally:
         release(handle)
+
+
+def lock_file(handle: int) -> None:
+    """Lock an open file until it is closed, where the system can do that."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody has locked a file; False where that cannot be said."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True

@@ -147,19 +147,22 @@ def test_a_psnr_of_another_split_than_step_0_says_so() -> None:
 
 def test_damage_is_counted_and_told_at_the_end(make_data, make_method, make_trainer, tmp_path, capsys) -> None:
     data = make_data()
-    data.dataset("train").skips = torch.tensor(3)
+    data.on_after_batch_transfer({"skipped": 3}, 0)
+    data._recalled = {"val": [1, 4]}
     data.damage.first_time("a.tif")
     data.left_out = {"b.tif": "the file is empty (0 bytes)"}
     make_trainer(RunSummary()).fit(make_method(data), datamodule=data)
     found = results(tmp_path)
     assert found["skipped_samples"] == 3
+    assert found["left_out_samples"] == {"val": 2}
     assert found["left_out"] == {"count": 1, "reasons": {"b.tif": "the file is empty (0 bytes)"}}
     printed = capsys.readouterr().out
     assert printed.count("3 damaged samples were replaced (1 file named above).") == 1
+    assert printed.count("2 damaged samples are left out of the val split: no score counts them.") == 1
     assert printed.count("1 file or scene was left out (named above).") == 1
     data = make_data()
     make_trainer(RunSummary()).fit(make_method(data), datamodule=data)
-    assert results(tmp_path)["skipped_samples"] == 0 and "left_out" not in results(tmp_path)
+    assert results(tmp_path)["skipped_samples"] == 0 and not {"left_out", "left_out_samples"} & set(results(tmp_path))
     assert "damaged" not in capsys.readouterr().out
 
 

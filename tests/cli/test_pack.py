@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from rasterio.transform import from_origin
 
 from xscale_lightning import cli
 from xscale_lightning.commands import pack
+from xscale_lightning.commands.embed_data import from_batch
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.folder import ImageFolderData
 from xscale_lightning.data.packed import PackedData
@@ -26,7 +29,7 @@ NAMES = ["B02", "B03", "B04", "B08"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """2 classes of 30 GeoTIFFs of four bands and 16 pixels; one file cannot be read."""
+    """2 classes of 30 GeoTIFFs of four bands and 16 pixels; one file for validation cannot be read."""
     root, draws = tmp_path_factory.mktemp("folder") / "mini", np.random.default_rng(0)
     profile = {"driver": "GTiff", "count": 4, "height": 16, "width": 16, "dtype": "uint16", "crs": "EPSG:32633"}
     for label in ("Forest", "River"):
@@ -36,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
             path, transform = root / label / f"{label}_{i}.tif", from_origin(0, 0, 10, 10)
             with rasterio.open(path, "w", transform=transform, **profile) as file:
                 file.write(values)
+    path = root / source(root).open_source("val").files[1]
     path.write_bytes(path.read_bytes()[:200])
     return root
 
@@ -224,7 +228,7 @@ def test_wrong_input(folder, packed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pack, "free_space", lambda folder: 10)
     assert cli.main(command(folder, tmp_path / "c")) == 2
     assert "has 10 bytes free" in capsys.readouterr().err
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob("c*")), "a refused pack leaves nothing behind"
 
 
 @pytest.mark.parametrize(
@@ -244,3 +248,62 @@ def test_values_are_stored_narrow_and_without_loss(values, stored):
     narrow = narrowest(values)
     assert narrow.dtype == stored
     assert narrow.astype(values.dtype).tobytes() == values.tobytes()
+
+
+def test_batches_of_damaged_samples_alone(folder, tmp_path, capsys):
+    """They come to nothing in a pack, an embedding or a shard, also where a command goes on after them."""
+    root = tmp_path / "mini"
+    shutil.copytree(folder, root)
+    files = source(root).dataset("train").source.files[8:16]
+    for file in files:
+        (root / file).write_bytes(b"")
+    assert cli.main([*command(root, tmp_path / "pack"), "--splits", "train"]) == 0
+    assert "8 damaged samples were left out" in " ".join(capsys.readouterr().out.split())
+    whole = source(root).dataset("train")
+    left = [path for path in whole.source.files if (root / path).stat().st_size > 200]
+    packs = PackedData(str(tmp_path / "pack"), batch_size=8, num_workers=0)
+    got = [name for batch in packs.probe_dataloader("train") for name in batch["file"]]
+    assert got == left and len(got) == len(whole) - 8
+    data = source(root)
+    numbered = list(from_batch(data, "train", data.dataset("train"), 1))
+    assert numbered[0] == {} and numbered[1]["file"][0] == left[8], "batch 1 is the one of nothing"
+    for file in whole.source.files:
+        (root / file).write_bytes(b"")
+    good = source(folder).dataset("train").source.files[0]
+    shutil.copy(folder / good, root / good)  # one sample, by which bands and size are known
+    assert cli.main([*command(root, tmp_path / "one"), "--splits", "train"]) == 0
+    assert len(PackedData(str(tmp_path / "one"), num_workers=0).dataset("train")) == 1
+
+
+def test_the_doctor_looks_through_a_pack(packed, tmp_path, capsys):
+    pack, report = tmp_path / "pack", tmp_path / "report.json"
+    shutil.copytree(packed, pack)
+    words = ["doctor", "--data", "PackedData", "--data.root", str(pack), "--report", str(report)]
+
+    def kinds() -> dict[str, str]:
+        return {Path(row["path"]).name: row["kind"] for row in json.loads(report.read_text()) if row["kind"]}
+
+    assert cli.main(words) == 0 and not kinds()
+    assert "none is damaged" in capsys.readouterr().out
+    images = np.load(pack / "train-00000.image.npy")
+    images[3] = 7
+    np.save(pack / "train-00000.image.npy", images)
+    cut = pack / "val-00000.image.npy"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (pack / "test-00000.label.npy").unlink()
+    assert cli.main(words) == 1
+    found = kinds()
+    (sample,) = [name for name in found if " sample " in name or name.endswith(".tif)")]
+    assert found.pop(sample) == "constant"
+    wanted = {"train-00000.image.npy": "checksum", "val-00000.image.npy": "truncated"}
+    assert found == {**wanted, "test-00000.label.npy": "missing"}
+    assert "train-00000.image.npy sample 3" in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_told_by_its_own_name(folder, caplog):
+    """GDAL's own messages know the file in memory alone; none of them says its name there."""
+    data = source(folder)
+    list(data.val_dataloader())
+    (record,) = [record.getMessage() for record in caplog.records if "is not readable" in record.getMessage()]
+    assert not re.search("[0-9a-f]{8}-[0-9a-f]{4}", caplog.text) and "vsimem" not in caplog.text
+    assert data.open_source("val").files[1] in record

@@ -117,7 +117,8 @@ def test_labelled_folders_deliver_none_of_them(tmp_path, kind, caplog):
     data = ImageFolderData(str(tmp_path / "set"), image_size=SIDE, **options)
     with caplog.at_level(logging.WARNING):
         data.setup("fit")
-        batches = [*data.train_dataloader(), *data.val_dataloader()]
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+        batches += data.val_dataloader()
     assert all(batch["image"].min() >= make_damage.PIXELS[0] for batch in batches)
     assert all(batch["image"].isfinite().all() for batch in batches)
     assert data.skipped > 0 and "another sample takes its place" in caplog.text
@@ -189,7 +190,7 @@ def test_datasets_of_others(caplog):
     data = TorchGeoData(dataset=Samples, bands=RGB, gsd=10.0, num_classes=2, num_workers=0, batch_size=4)
     data.setup("fit")
     with caplog.at_level(logging.WARNING):
-        batches = list(data.train_dataloader())
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
     assert all(batch["image"].isfinite().all() and batch["image"].min() >= 500 for batch in batches)
     assert data.skipped == 2
     kinds = {f.path: f.kind for f in check_all(items_of(data), workers=1) if f.path.startswith("train")}

@@ -3,11 +3,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.damage import DamageLog, without_path
 from xscale_lightning.data.datamodule import Collate, XScaleDataModule, check_folder, default_num_workers
+from xscale_lightning.data.left_out import InOrder
 from xscale_lightning.data.reading import Reader
 from xscale_lightning.errors import UserError
 
@@ -85,12 +86,39 @@ def test_each_split_is_opened_once():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_replaced_named_and_counted(workers, caplog):
-    data = NumbersData({"train": 6}, broken=(2, 3), batch_size=3, num_workers=workers)
-    assert labels(data.probe_dataloader("train")) == [0, 1, 4, 4, 4, 5]
-    assert data.skipped == 3  # sample 2 tried 2 and 3, sample 3 tried 3
+def test_training_replaces_damaged_files_and_says_how_many(workers, caplog):
+    data = NumbersData({"train": 12}, broken=(2, 3), batch_size=6, num_workers=workers)
+    batches = list(data.train_dataloader())
+    seen = [label for batch in batches for label in batch["label"].tolist()]
+    assert sorted(seen) == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9, 10, 11]  # 4 stands for 2 and 3, too
+    assert data.skipped == 0, "read, and not yet trained on"
+    handed = [data.on_after_batch_transfer(batch, 0) for batch in batches]
+    assert data.skipped == 2 and data.left_out_samples == {}
+    assert all(set(batch) == {"image", "label", "gsd"} for batch in handed)
     if workers == 0:
-        assert "file2.tif is not readable (OSError: truncated)" in caplog.text
+        assert "file2.tif is not readable (OSError: truncated); another sample" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_in_order_has_every_sample_once_and_no_damaged_one(workers, caplog):
+    data = NumbersData({"train": 7, "val": 7, "test": 7}, (2, 3, 6), batch_size=2, num_workers=workers)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.probe_dataloader("train")):
+        for _ in range(2):
+            batches = list(loader)
+            assert [batch["label"].tolist() for batch in batches] == [[0, 1], [4, 5]]  # none of [2, 3] and [6]
+            assert all(set(batch) == {"image", "label", "gsd"} for batch in batches)
+    assert data.skipped == 0 and data.left_out_samples == {"val": 3, "test": 3, "train": 3}
+    if workers == 0:
+        assert "file2.tif is not readable (OSError: truncated); it is left out" in caplog.text
+
+
+def test_a_batch_without_a_sample_is_no_batch_among_several_processes():
+    data = NumbersData({"val": 8}, broken=(2, 3), batch_size=1, num_workers=0)
+    loader = data.val_dataloader()
+    sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=0, shuffle=False)  # as Lightning puts it there
+    apart = InOrder(loader.dataset, batch_size=1, sampler=sampler, collate_fn=loader.collate_fn)
+    with pytest.raises(UserError, match="with several processes every batch needs one"):
+        list(apart)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,7 +132,7 @@ def test_a_damaged_file_is_named_once_over_loaders_and_workers(workers, tmp_path
     named = (tmp_path / "log").read_text()
     assert named.count("file3.tif is not readable") == 1
     assert data.damage.files == 2
-    assert data.damage.summary(data.skipped) == "9 damaged samples were replaced (2 files named above)"
+    assert data.damage.summary(9) == "9 damaged samples were replaced (2 files named above)"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +153,7 @@ def test_the_path_is_cut_from_a_library_message(text, expected):
 def test_more_damaged_files_than_are_named():
     damage = DamageLog()
     assert sum(damage.first_time(f"{i}.tif") for i in range(30)) == 20
+    assert DamageLog().summary(2).endswith("(their files are named in the log of the run's first part)")
     assert damage.summary(31) == "31 damaged samples were replaced (20 of 30 files named above)"
 
 
@@ -138,6 +167,8 @@ def test_a_damaged_file_stops_the_run_if_asked_to(workers):
 def test_nothing_readable_stops_even_when_skipping():
     data = NumbersData({"train": 4}, broken=range(4), num_workers=0)
     with pytest.raises(UserError, match="nor is any of the samples tried"):
+        list(data.train_dataloader())
+    with pytest.raises(UserError, match="none of the samples can be read"):
         labels(data.probe_dataloader("train"))
 
 
@@ -145,7 +176,9 @@ def test_mistakes_in_code_are_not_taken_for_damaged_files():
     reader = Reader(Numbers(3), lambda sample, index: sample.missing)
     with pytest.raises(AttributeError):
         reader[0]
-    assert int(reader.skips) == 0
+    with pytest.raises(AttributeError):
+        reader.__getitems__([0])
+    assert reader.left_out.slots == []
 
 
 def test_collate_stacks_lists_and_drops():

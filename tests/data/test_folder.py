@@ -121,13 +121,13 @@ def test_different_sizes_are_resized_and_gsd_follows(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nbroken"])
-def test_damaged_pictures_are_replaced_or_stop_the_run(root, content):
+def test_damaged_pictures_are_left_out_or_stop_the_run(root, content):
     broken = sorted((root / "2750" / "River").glob("*.png"))
     for path in broken:
         path.write_bytes(content)
     data = ImageFolderData(str(root), gsd=1.0, num_workers=0)
     images, numbers, _ = samples(data, "train")
-    assert len(images) == 24 and 1 not in numbers and data.skipped > 0
+    assert len(images) == 16 and 1 not in numbers and data.left_out_samples == {"train": 8}
     assert (images[:, 2] == 255).all()  # never a black image
     data = ImageFolderData(str(root), gsd=1.0, on_error="stop", num_workers=0)
     with pytest.raises(UserError, match=r"River/River_\d.png is not readable"):
@@ -227,11 +227,11 @@ def test_fmow_sentinel_is_read_by_name_resized_and_labelled_by_the_second_folder
     assert gsd[0] == pytest.approx(10 * (height * 30 / 24**2) ** 0.5)
 
 
-def test_a_failed_download_with_one_band_is_named_and_replaced(fmow, caplog):
+def test_a_failed_download_with_one_band_is_named_and_left_out(fmow, caplog):
     data = fmow_data(fmow)
     images, _, _ = samples(data, "train")
-    assert images.shape == (8, 12, 24, 24) and images[:, 1].min() > 99
-    assert data.skipped == 1
+    assert images.shape == (7, 12, 24, 24) and images[:, 1].min() > 99
+    assert data.left_out_samples == {"train": 1}
     assert "zoo_1_107.tif is not readable" in caplog.text and "1 bands where data.channels names 13" in caplog.text
 
 
@@ -275,6 +275,6 @@ def test_pixels_that_are_not_finite_get_the_mean_of_their_band(tmp_path, caplog)
             geotiff(tmp_path / "set" / label / f"{label}{i}.tif", array)
     data = ImageFolderData(str(tmp_path / "set"), num_workers=0, on_error="skip")
     images = torch.cat([samples(data, split)[0] for split in ("train", "val", "test")])
-    assert images.isfinite().all() and len(images) == 8
+    assert images.isfinite().all() and len(images) == 7
     assert images[0, 1, 0, 0] == pytest.approx((7 + 24) / 15)
-    assert data.skipped == 1 and "a band has no finite pixel" in caplog.text
+    assert sum(data.left_out_samples.values()) == 1 and "a band has no finite pixel" in caplog.text

@@ -78,7 +78,7 @@ def test_a_foreign_sampler_with_a_generator_of_its_own_has_no_history_either():
 
 def test_batches_of_a_foreign_batch_sampler():
     options = {"batch_sampler": BatchSampler(RandomSampler(Drawing()), 5, drop_last=False)}
-    data = make_resumable(Drawing(), options)
+    data = make_resumable(Drawing(), options, training=True)
     loader = DataLoader(data, **options)
     assert isinstance(loader.batch_sampler, DrawnBatches) and len(loader) == 3
     straight = batches(loader, 1)

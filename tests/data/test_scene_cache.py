@@ -1,5 +1,7 @@
 """Scenes beyond `cache_mb`: decoded once into `cache_dir`, the same patches as from memory."""
 
+import os
+
 import numpy as np
 import pytest
 import rasterio
@@ -11,6 +13,7 @@ from xscale_lightning.data import scene_cache
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.scenes import SceneFolder
 from xscale_lightning.errors import UserError
+from xscale_lightning.locks import lock_file
 
 BANDS = BandSelection(sensor="sentinel2_l1c", names=["B02", "B05"])
 
@@ -92,3 +95,20 @@ def test_no_room_for_a_copy(scenes, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cache_dir"):
         open_folder(scenes, cache_mb=0, cache_dir=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_killed_writers_have_left_goes_and_what_others_write_stays(scenes, tmp_path, monkeypatch):
+    cache, beside = tmp_path / "cache", tmp_path / "beside"
+    cache.mkdir()
+    beside.write_bytes(b"not ours")
+    names = (".tmp_dead.part", ".tmp_new.part", ".tmp_held.part")
+    for name in names:
+        (cache / name).write_bytes(b"x" * 1000)
+    (cache / ".tmp_link.part").symlink_to(beside)
+    for name in (names[0], names[2]):
+        os.utime(cache / name, (1, 1))
+    with (cache / names[2]).open("ab") as file:  # another process is writing
+        lock_file(file.fileno())
+        open_folder(scenes, cache_mb=0, cache_dir=str(cache))
+    assert [(cache / name).exists() for name in names] == [False, True, True]
+    assert beside.read_bytes() == b"not ours"

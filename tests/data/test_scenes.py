@@ -204,9 +204,15 @@ def test_damage_that_shows_only_while_training_never_gives_an_empty_image(tmp_pa
     data.reader._files.clear()
     with caplog.at_level(logging.WARNING):
         for batch in train_batches(data):
-            assert_cut_from(batch, array)
+            assert_cut_from(data.on_after_batch_transfer(batch, 0), array)
     assert data.skipped > 0
     assert caplog.text.count("Skipped a patch") == 1  # named once, counted always
+    held_out, scene = data.dataset("val"), data.scenes[0]
+    rows = [(0, row, 0) for row in range(0, 240, 16)]  # those further down are gone
+    held_out.origins = np.array(rows, np.int64)
+    seen = [tuple(place) for batch in data.val_dataloader() for place in batch["origin"].tolist()]
+    assert seen == rows[: len(seen)] and 0 < len(seen) < 8, "a batch of damaged patches alone does not come"
+    assert data.left_out_samples == {"val": len(rows) - len(seen)} and scene.held is None
     stopping = data.dataset("train")
     stopping.stop_on_error = True
     with pytest.raises(UserError, match=r"B02\.tif: cannot be read"):

@@ -20,6 +20,7 @@ from torchgeo.samplers import GridGeoSampler
 import xscale_lightning.data.folder  # noqa: F401  (makes ImageFolderData known by its short name)
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.datamodule import XScaleDataModule
+from xscale_lightning.data.samplers import begin_inside
 from xscale_lightning.data.torchgeo import SplitNames, TorchGeoData
 from xscale_lightning.errors import UserError
 
@@ -137,15 +138,18 @@ def test_download_is_handed_on_once(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", None])
-def test_damaged_files_are_replaced_or_stop_the_run(tmp_path, eurosat, content):
+def test_damaged_files_are_replaced_left_out_or_stop_the_run(tmp_path, eurosat, content):
     root = tmp_path / "copy"
     shutil.copytree(eurosat, root)
     damaged = root / EuroSAT.base_dir / "Forest" / "Forest_0.tif"
     damaged.write_bytes(damaged.read_bytes()[:700] if content is None else content)
     data = TorchGeoData(str(root), EuroSAT, num_workers=0)
     data.setup("fit")
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert data.skipped == 1 and len(batch["image"]) == 4 and batch["image"].min() == 100  # another, not a black one
+    assert damaged.name not in {Path(file).name for file in batch["file"]}
     batch = first(data)
-    assert data.skipped == 1 and batch["image"].min() == 100  # another image, not a black one
+    assert data.left_out_samples == {"train": 1} and len(batch["image"]) == 3
     assert damaged.name not in {Path(file).name for file in batch["file"]}
     with pytest.raises(UserError, match=r"Forest_0.tif is not readable"):
         first(TorchGeoData(str(root), EuroSAT, on_error="stop", num_workers=0))
@@ -268,6 +272,37 @@ def test_windows_of_geodatasets_have_their_gsd_in_metres(tmp_path, crs, step, or
     assert set(batch) == {"image", "gsd"}
     with pytest.raises(UserError, match=r"data\.datamodule"):
         TorchGeoData(str(tmp_path), Scenes).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_damaged_tile_of_a_geodataset_is_passed_over(tmp_path, name, caplog):
+    """Also where it is the first, by which bands and size are learned; and what stands for it has no history."""
+    image = np.random.default_rng(0).integers(1, 250, (4, 48, 48)).astype(np.uint8)
+    for number, tile in enumerate("abc"):
+        write(tmp_path / f"{tile}.tif", image, "EPSG:32633", 1.0, (500_000 + 1000 * number, 5_000_000))
+    damaged = tmp_path / f"{name}.tif"
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    options = {"bands": BandSelection("naip", ["NIR", "R"]), "batch_size": 4, "num_workers": 0}
+
+    def opened(**more):
+        return TorchGeoData(datamodule=ScenesDataModule(Scenes, patch_size=16, paths=str(tmp_path)), **options, **more)
+
+    data = opened()
+    data.setup("fit")
+    for loader in (data.val_dataloader(), data.probe_dataloader("train")):
+        assert sum(len(batch["image"]) for batch in loader) == 18  # of 27 windows, those of the other two tiles
+    assert data.left_out_samples == {"val": 9, "train": 9} and data.skipped == 0
+    loader = data.train_dataloader()
+    images = [data.on_after_batch_transfer(batch, 0)["image"] for batch in loader]
+    assert sum(map(len, images)) == 27 and data.skipped == 9
+    again = data.train_dataloader()
+    assert begin_inside(again, 0, 4)
+    assert all(torch.equal(one, two["image"]) for one, two in zip(images[4:], again, strict=True))
+    assert caplog.text.count(f"{damaged} is not readable") == 1
+    with pytest.raises(UserError, match="is not readable"):
+        stopping = opened(on_error="stop")
+        stopping.setup("fit")
+        list(stopping.train_dataloader())
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def method(name: str = "mae") -> Any:
     return MAE(**shared, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
 
-def data(kind: str, workers: int = 0) -> Any:
+def data(kind: Any, workers: int = 0) -> Any:
+    if not isinstance(kind, str):
+        return kind
     if kind == "scene":
         return SampleScene(RGB, image_size=16, samples_per_epoch=28, batch_size=4, num_workers=workers)
     return SyntheticData(RGB, 16, 16, length=28, batch_size=4, num_workers=workers)

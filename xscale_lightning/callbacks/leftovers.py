@@ -18,6 +18,11 @@ def _skipped(trainer: Trainer) -> int:
     return int(getattr(getattr(trainer, "datamodule", None), "skipped", 0))
 
 
+def left_out_samples(trainer: Trainer) -> dict[str, int]:
+    """By split, how many damaged samples were left out of evaluations."""
+    return dict(getattr(getattr(trainer, "datamodule", None), "left_out_samples", {}))
+
+
 def _left_out(trainer: Trainer) -> dict[str, str]:
     return getattr(getattr(trainer, "datamodule", None), "left_out", {})
 
@@ -34,14 +39,19 @@ def damage_lines(trainer: Trainer) -> list[str]:
         lines.append(f"{updates} {was} not finite and left out (guard); see docs/troubleshooting.md.")
     if skipped := _skipped(trainer):
         lines.append(trainer.datamodule.damage.summary(skipped) + ".")  # type: ignore[attr-defined]
+    for split, count in left_out_samples(trainer).items():
+        was = "samples are" if count > 1 else "sample is"
+        lines.append(f"{count} damaged {was} left out of the {split} split: no score counts them.")
     if count := len(_left_out(trainer)):
         lines.append(f"{count} file{'s or scenes were' if count > 1 else ' or scene was'} left out (named above).")
     return lines
 
 
 def damage_record(trainer: Trainer) -> dict[str, Any]:
-    """For `results.json`: `skipped_samples`, `skipped_updates`, and number and reasons of files that were left out."""
+    """For `results.json`: `skipped_samples`, `skipped_updates`, samples left out by split, and files with reasons."""
     record: dict[str, Any] = {"skipped_samples": _skipped(trainer), "skipped_updates": _skipped_updates(trainer)}
+    if samples := left_out_samples(trainer):
+        record["left_out_samples"] = samples
     if left_out := _left_out(trainer):
         reasons = dict(list(left_out.items())[:MAX_REASONS])
         record["left_out"] = {"count": len(left_out), "reasons": reasons}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from xscale_lightning.callbacks.probe import to_device
+from xscale_lightning.data.left_out import InOrder
 
 Batch = dict[str, Any]
 
@@ -28,7 +29,7 @@ def sample_loader(loader: DataLoader[Any], limit: int | None, seed: int = 0) -> 
     if limit >= size:
         return loader
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-    return DataLoader(
+    return InOrder(
         Subset(dataset, chosen.tolist()),
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,

@@ -20,6 +20,7 @@ from xscale_lightning.callbacks.provenance import device_record, provenance, ver
 from xscale_lightning.callbacks.steps import checkpoint_record, current_step, is_base_line
 from xscale_lightning.callbacks.throughput import batch_images
 from xscale_lightning.callbacks.verdict import Record, format_value, interval_text, verdict
+from xscale_lightning.data.datamodule import XScaleDataModule
 from xscale_lightning.errors import Stopped, find_user_error
 from xscale_lightning.files import reason, write_json
 
@@ -116,6 +117,11 @@ class RunSummary(Callback):
         if self._first_loss is None:
             loss = trainer.callback_metrics.get("train/loss")
             self._first_loss = None if loss is None else loss.detach().clone()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask all processes how many damaged samples they have met."""
+        if isinstance(data := getattr(trainer, "datamodule", None), XScaleDataModule):
+            data.count_skipped()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report; comes after every probe's last measurement (`on_train_end`)."""

@@ -58,10 +58,12 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
         for name in names[done:]:
             parts = []
             for batch in itertools.islice(stream, per_part):
-                parts.append(embed_batch(model, batch))
+                parts.append(embed_batch(model, batch) if batch else {})
                 bar.advance(task)
             journal.save(name, _join(parts))
     table = _join([journal.load(name) for name in names])
+    if not table:
+        raise UserError(f"--data: none of the samples of the {split} split of {data.name} can be read (named above).")
     rows = len(table["embedding"])
     vectors = table.pop("embedding")
     crs, footprints = _footprints(args, dataset, table)
@@ -76,8 +78,13 @@ def embed(args: argparse.Namespace, model: Pretrained) -> None:
     }
     write_parquet(args.output, vectors, {**columns, **table}, footprints, crs, about)
     journal.remove()
-    damaged = f"; {data.skipped} damaged samples were left out or replaced by others" if data.skipped else ""
-    print(f"wrote {args.output} ({rows} samples of {data.name}, {split}){damaged}")
+    print(f"wrote {args.output} ({rows} samples of {data.name}, {split}){damaged_text(data)}")
+
+
+def damaged_text(data: XScaleDataModule) -> str:
+    """What to say of damaged samples after a command that has read every sample of some splits once."""
+    count = sum(data.left_out_samples.values())
+    return f"; {count} damaged sample{'s were' if count > 1 else ' was'} left out" if count else ""
 
 
 def _count(dataset: Any) -> int | None:
@@ -85,12 +92,16 @@ def _count(dataset: Any) -> int | None:
 
 
 def from_batch(data: XScaleDataModule, split: Split, dataset: Any, first: int) -> Iterator[Mapping[str, Any]]:
-    """Batches of a split from number `first` on; those before are not read where their places are known."""
+    """Batches of a split from number `first` on; those before are not read where their places are known.
+
+    A batch of damaged samples alone is `{}`, so that the number of a batch says where its samples are.
+    """
     loader = data.probe_dataloader(split)
     in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler)
     if first and in_order:
         rest = Subset(dataset, range(min(first * data.batch_size, len(dataset)), len(dataset)))
-        return iter(data._loader(rest))
+        loader, first = data._loader(rest), 0
+    loader.keep_empty = True  # type: ignore[attr-defined]
     return itertools.islice(iter(loader), first, None)
 
 
@@ -108,7 +119,8 @@ def embed_batch(model: Pretrained, batch: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    parts = [part for part in parts if part]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _footprints(args: argparse.Namespace, dataset: Any, table: dict[str, np.ndarray]) -> tuple[str | None, Any]:

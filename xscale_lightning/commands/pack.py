@@ -16,7 +16,7 @@ from xscale_lightning import __version__
 from xscale_lightning.commands.arguments import Parser, take_data_options
 from xscale_lightning.commands.bars import progress
 from xscale_lightning.commands.data_module import SPLITS, data_section, is_file, open_data
-from xscale_lightning.commands.embed_data import from_batch
+from xscale_lightning.commands.embed_data import damaged_text, from_batch
 from xscale_lightning.commands.journal import Journal
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.patches import EpochSampler
@@ -80,14 +80,18 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--splits: {data.name} has none of {', '.join(args.splits)}.")
     job = {"data": description, "splits": splits, "shard-mb": args.shard_mb, "batch-size": args.batch_size}
     journal = Journal(args.out.with_name(f"{args.out.name}.parts"), job, args.restart)
-    packed = {split: shards for split, shards in _write_splits(data, splits, journal.folder, args)}
+    try:
+        packed = {split: shards for split, shards in _write_splits(data, splits, journal.folder, args)}
+    except BaseException:
+        if not any(journal.folder.glob("*-[0-9]*.json")):  # no shard is whole: nothing to go on with
+            journal.remove()
+        raise
     content = {"format": FORMAT, **describe(data), "splits": {k: [asdict(s) for s in v] for k, v in packed.items()}}
-    content["source"] = {"data": json.loads(description), "skipped": data.skipped, "xscale": __version__}
+    content["source"] = {"data": json.loads(description), "left_out": data.left_out_samples, "xscale": __version__}
     write_text(journal.folder / INDEX, json.dumps(content, indent=1, allow_nan=False))
     columns = [column for shards in packed.values() for shard in shards for column in shard.columns.values()]
     journal.become(args.out, {INDEX, *(column.file for column in columns)})
-    replaced = f"; {data.skipped} damaged samples were replaced by others" if data.skipped else ""
-    print(f"wrote {args.out}: {_summary(packed)}, {size(sum(column.bytes for column in columns))}{replaced}")
+    print(f"wrote {args.out}: {_summary(packed)}, {size(sum(column.bytes for column in columns))}{damaged_text(data)}")
     print(f"  xscale fit --config ... --data PackedData --data.root {args.out}")
     return 0
 
@@ -145,10 +149,14 @@ def _write_splits(
             while done < counts[split]:
                 stream = stream or (_columns(b) for b in from_batch(data, split, data.dataset(split), done))
                 parts = list(itertools.islice(stream, per_shard or 1))
-                if not parts:
+                while parts and not parts[-1]:  # a batch of damaged samples alone
+                    parts += (following := list(itertools.islice(stream, 1)))
+                    if not following:
+                        break
+                if not any(parts):
                     break
                 if not per_shard:
-                    batch = max(1, sum(values.nbytes for values in parts[0].values()) // 2)  # float32 stored as uint16
+                    batch = max(1, sum(values.nbytes for values in parts[-1].values()) // 2)  # float32 stored as uint16
                     if not checked:
                         _check_room(folder, batch * (sum(counts.values()) - done), data.name)
                         checked = True
@@ -157,6 +165,8 @@ def _write_splits(
                 shards.append(write_shard(folder, f"{split}-{len(shards):05d}", parts))
                 done += len(parts)
                 bar.advance(task, len(parts))
+            if not shards and counts[split]:
+                raise UserError(f"--data: none of the samples of the {split} split can be read (named above).")
             yield split, shards
 
 

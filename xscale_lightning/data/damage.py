@@ -42,7 +42,8 @@ class DamageLog:
         files = self.files
         named = f"{files} file{'s' * (files != 1)}" if files <= MAX_NAMED else f"{MAX_NAMED} of {files} files"
         what = "damaged sample was" if samples == 1 else "damaged samples were"
-        return f"{samples} {what} replaced ({named} named above)"
+        where = f"{named} named above" if files else "their files are named in the log of the run's first part"
+        return f"{samples} {what} replaced ({where})"
 
 
 def without_path(text: str, path: str) -> str:

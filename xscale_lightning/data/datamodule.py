@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.damage import DamageLog
+from xscale_lightning.data.left_out import SKIPPED, InOrder, LeftOut, checked_state, pop_skipped
 from xscale_lightning.data.samplers import begin_worker, make_resumable
 from xscale_lightning.errors import UserError
 
@@ -48,7 +50,7 @@ class Collate:
     """Turns samples into a batch: tensors stacked, numbers made tensors, strings kept as lists, `gsd [B]` added.
 
     Only keys that every sample has are kept; values of other types (coordinate systems, slices) are dropped, because
-    they cannot go to a device.
+    they cannot go to a device. Of no samples comes `{}`.
     """
 
     def __init__(self, gsd: float | None = None) -> None:
@@ -61,7 +63,9 @@ class Collate:
         Raises:
             UserError: if the images differ in size, or neither sample nor data module knows the gsd.
         """
-        shared = [key for key in samples[0] if all(key in sample for sample in samples)]
+        if not samples:
+            return {}
+        shared = [key for key in samples[0] if key != SKIPPED and all(key in sample for sample in samples)]
         batch: Batch = {key: value for key in shared if (value := _gather(key, [s[key] for s in samples])) is not None}
         if "image" in batch:
             batch["image"] = batch["image"].float()
@@ -70,6 +74,8 @@ class Collate:
                 raise UserError("gsd: neither the files nor the sensor preset say it; set data.gsd (metres per pixel).")
             batch["gsd"] = torch.full((len(samples),), self.gsd)
         batch["gsd"] = batch["gsd"].float()
+        if skipped := sum(sample.get(SKIPPED, 0) for sample in samples):
+            batch[SKIPPED] = skipped
         return batch
 
 
@@ -141,6 +147,8 @@ class XScaleDataModule(LightningDataModule):
         self.downloads = False
         self.damage = DamageLog()
         self.left_out: dict[str, str] = {}
+        self._skipped = [0, 0]  # in this process, and in the others when they were last asked
+        self._recalled: dict[str, list[int]] = {}  # what a checkpoint says of splits that are not open yet
         self._datasets: dict[str, Dataset[Any] | None] = {}
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:
@@ -156,10 +164,54 @@ class XScaleDataModule(LightningDataModule):
             self._datasets[split] = self.build_dataset(split)
         return self._datasets[split]
 
+    # ---- damaged samples; see `left_out` ---------------------------------------------------------------------------
+
     @property
     def skipped(self) -> int:
-        """Samples that could not be read so far and were replaced by others, over this process and its workers."""
-        return sum(int(dataset.skips) for dataset in self._datasets.values() if hasattr(dataset, "skips"))  # type: ignore
+        """Damaged samples that training has replaced so far; of other processes when they were last asked."""
+        return sum(self._skipped)
+
+    @property
+    def left_out_samples(self) -> dict[str, int]:
+        """Damaged samples that everything but training has left out so far, by split; each counts once."""
+        return {split: len(slots) for split, slots in self._left_out_slots().items()}
+
+    def _left_out_slots(self) -> dict[str, list[int]]:
+        found = {key: set(slots) for key, slots in self._recalled.items()}
+        for key, dataset in self._datasets.items():
+            if isinstance(noted := getattr(dataset, "left_out", None), LeftOut):
+                found.setdefault(key.removeprefix("probe_"), set()).update(noted.slots)
+        return {split: sorted(slots) for split, slots in found.items() if slots}
+
+    def count_skipped(self) -> int:
+        """Ask the other processes for their part of `skipped`, which is returned; all of them must call this."""
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1:
+            own = torch.tensor(self._skipped[0], device=trainer.strategy.root_device)
+            self._skipped[1] = int(trainer.strategy.reduce(own, reduce_op="sum")) - self._skipped[0]
+        return self.skipped
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the damaged samples that were replaced in a training batch."""
+        batch, skipped = pop_skipped(batch)
+        self._skipped[0] += skipped
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of damaged samples; called by all processes."""
+        self.count_skipped()
+        return {"skipped": self.skipped, "left_out": self._left_out_slots()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where a checkpoint was written; commands other than `fit` count for themselves.
+
+        Raises:
+            UserError: the state is none of ours.
+        """
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            skipped, self._recalled = checked_state(state_dict)
+            first = self.trainer is None or self.trainer.is_global_zero
+            self._skipped = [skipped, 0] if first else [0, skipped]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits the stage needs, so that bad input is refused before training starts."""
@@ -174,7 +226,7 @@ class XScaleDataModule(LightningDataModule):
             UserError: if there is no training split.
         """
         dataset = self._required("train")
-        return self._loader(dataset, shuffle=True, drop_last=_length(dataset) > self.batch_size)
+        return self._loader(dataset, training=True, shuffle=True, drop_last=_length(dataset) > self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation split in order; an empty list if there is none."""
@@ -211,12 +263,16 @@ class XScaleDataModule(LightningDataModule):
             raise UserError(f"data: {self.name} has no {split} split; choose another split or other data.")
         return dataset
 
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        """Loader with what all loaders share; `options` (shuffle, drop_last, sampler ...) go to `DataLoader`."""
+    def _loader(self, dataset: Dataset[Any], *, training: bool = False, **options: Any) -> DataLoader[Any]:
+        """Loader with what all loaders share; `options` (shuffle, drop_last, sampler ...) go to `DataLoader`.
+
+        In `training` damaged samples are replaced by others, else they are left out.
+        """
         if "batch_sampler" not in options:
             options["batch_size"] = self.batch_size
-        dataset = make_resumable(dataset, options)
-        return DataLoader(
+        training = training or bool(options.get("shuffle"))
+        dataset = make_resumable(dataset, options, training)
+        return (DataLoader if training else InOrder)(
             dataset,
             **options,
             num_workers=self.num_workers,

@@ -77,6 +77,23 @@ def file_of(dataset: Any, index: Any) -> str | None:
     return None
 
 
+def place_of(dataset: Any, index: Any) -> str | None:
+    """What to call a sample in a message: its file, or of a window of a GeoDataset the one file below it.
+
+    None where the dataset says neither, or the window shows several files.
+    """
+    if not isinstance(index, Sequence) or isinstance(index, str) or not all(isinstance(s, slice) for s in index[:2]):
+        return file_of(dataset, index)
+    tiles: Any = getattr(innermost(dataset), "index", None)
+    if len(index) < 2 or not hasattr(tiles, "geometry") or "filepath" not in getattr(tiles, "columns", ()):
+        return None
+    x, y = index[0], index[1]
+    sides = tiles.geometry.bounds
+    below = (sides.minx < x.stop) & (sides.maxx > x.start) & (sides.miny < y.stop) & (sides.maxy > y.start)
+    files = sorted({str(path) for path in tiles["filepath"][below]})
+    return files[0] if len(files) == 1 else None
+
+
 def gsd_of(dataset: Any, sample: Mapping[str, Any], index: Any = None) -> float | None:
     """Ground sample distance in metres per pixel, or None if neither sample nor dataset says it.
 

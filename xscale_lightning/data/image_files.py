@@ -1,8 +1,10 @@
 """Image files below a folder or inside a zip file: listed, read and decoded."""
 
+import contextlib
 import io
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,25 @@ class FileStore:
         return self._archive[1]
 
 
+@contextlib.contextmanager
+def open_content(path: str, content: bytes) -> Iterator[Any]:
+    """A GeoTIFF from its bytes; GDAL's messages name it as `path` does.
+
+    Only GDAL's GeoTIFF driver looks at it: others go by the content, whatever the name says, and follow the paths and
+    addresses in it.
+
+    Raises:
+        OSError: it is no GeoTIFF.
+    """
+    import rasterio
+
+    if not content:  # rasterio would take it for a file to be written
+        raise OSError("the file is empty (0 bytes)")
+    name = os.path.basename(path)
+    with rasterio.MemoryFile(content, filename=name) as memory, memory.open(driver="GTiff") as source:
+        yield source
+
+
 def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
     """Decode one image to `[C, H, W]` float32, and its gsd in metres per pixel (None where the file does not say it).
 
@@ -77,9 +98,7 @@ def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
         with Image.open(io.BytesIO(content)) as picture:
             array = np.array(picture.convert("RGB") if picture.mode in ("P", "CMYK", "YCbCr") else picture, np.float32)
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1), None
-    import rasterio
-
-    with rasterio.MemoryFile(content) as memory, memory.open() as source:
+    with open_content(path, content) as source:
         crs = source.crs
         gsd = None
         if crs is not None and crs.is_projected:
@@ -97,7 +116,5 @@ def descriptions(path: str, content: bytes) -> tuple[str, ...]:
     """Band descriptions of a GeoTIFF, "" where it gives none; () for pictures."""
     if path.lower().endswith(PICTURES):
         return ()
-    import rasterio
-
-    with rasterio.MemoryFile(content) as memory, memory.open() as source:
+    with open_content(path, content) as source:
         return tuple(text or "" for text in source.descriptions)

@@ -1,5 +1,6 @@
 """Looks at one image file, or one sample, as a whole: is it damaged, and what would tell it apart from the others?"""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from xscale_lightning.data.damage import without_path
+from xscale_lightning.data.image_files import open_content
 
 Kind = Literal[
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
-    "bands", "dtype", "crs", "size", "gsd", "statistics", "sample",
+    "bands", "dtype", "crs", "size", "gsd", "statistics", "sample", "checksum",
 ]  # fmt: skip
 Role = Literal["image", "mask"]
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -101,33 +103,41 @@ def _cannot_be_opened(path: str) -> tuple[Kind, str] | None:
 
 
 def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None:
-    from rasterio.enums import MaskFlags
     from rasterio.errors import RasterioError
-    from rasterio.io import MemoryFile
 
     from xscale_lightning.data.geotiff import UnreadableFile, open_raster
-    from xscale_lightning.data.ground import metres_per_pixel
 
-    try:
-        source = MemoryFile(content).open() if content is not None else open_raster(finding.path)
-    except (RasterioError, UnreadableFile) as error:
-        text = error.reason if isinstance(error, UnreadableFile) else str(error)
-        finding.kind, finding.detail = "no image", without_path(text, finding.path)
-        return
-    with source:
-        finding.bands, finding.dtype = source.count, str(np.result_type(*source.dtypes))
-        finding.crs = source.crs.to_string() if source.crs else None
-        finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
-        totals = Totals()
-        masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
+    with contextlib.ExitStack() as stack:
         try:
-            for window in _strips(source):
-                pixels = source.read(window=window)
-                totals.add(pixels, source.read_masks(window=window) > 0 if masked else None)
+            opened = open_raster(finding.path) if content is None else open_content(finding.path, content)
+            source = stack.enter_context(opened)
+        except (RasterioError, UnreadableFile) as error:
+            text = error.reason if isinstance(error, UnreadableFile) else str(error.__cause__ or error)
+            finding.kind, finding.detail = "no image", without_path(text, finding.path)
+            return
+        try:
+            totals = _read(finding, source)
         except RasterioError as error:
             finding.kind, finding.detail = "truncated", without_path(str(error.__cause__ or error), finding.path)
             return
     judge(finding, totals, limit)
+
+
+def _read(finding: Finding, source: Any) -> Totals:
+    """Take down what a raster says of itself, and read its pixels."""
+    from rasterio.enums import MaskFlags
+
+    from xscale_lightning.data.ground import metres_per_pixel
+
+    finding.bands, finding.dtype = source.count, str(np.result_type(*source.dtypes))
+    finding.crs = source.crs.to_string() if source.crs else None
+    finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
+    totals = Totals()
+    masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
+    for window in _strips(source):
+        pixels = source.read(window=window)
+        totals.add(pixels, source.read_masks(window=window) > 0 if masked else None)
+    return totals
 
 
 def _strips(source: Any) -> Iterator[Any]:

@@ -13,6 +13,8 @@ from xscale_lightning.data.folder import ImageFolderData
 from xscale_lightning.data.image_files import FileStore
 from xscale_lightning.data.inspection import Finding, check_sample
 from xscale_lightning.data.mask_folder import READ, MaskFolder
+from xscale_lightning.data.pack_inventory import pack_findings
+from xscale_lightning.data.packed import PackedData
 from xscale_lightning.data.paired import PairedFolders
 from xscale_lightning.data.reading import Reader
 from xscale_lightning.data.scene_files import list_rasters, split_band
@@ -53,6 +55,8 @@ def items_of(data: XScaleDataModule) -> list[Item]:
         return [Item(Finding(path), partial(store.read, path)) for path in store.paths()]
     if isinstance(data, ChangeFolder):
         return _changes(data)
+    if isinstance(data, PackedData):
+        return [Item(finding, check=check) for finding, check in pack_findings(data)]
     return _samples(data)
 
 

@@ -169,10 +169,12 @@ class PackedData(XScaleDataModule):
         assert isinstance(dataset, PackedSamples)
         on_device = torch.cuda.is_available() if self.cast_on_device is None else self.cast_on_device
         drop_last = len(dataset) > self.batch_size
-        return self._loader(dataset.as_stored() if on_device else dataset, shuffle=True, drop_last=drop_last)
+        options = {"shuffle": True, "drop_last": drop_last}
+        return self._loader(dataset.as_stored() if on_device else dataset, training=True, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Images that were sent as stored become float32, on the device."""
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
         if isinstance(batch, Mapping):
             return {key: value.float() if key in IMAGES else value for key, value in batch.items()}
         return batch

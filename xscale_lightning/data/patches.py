@@ -16,6 +16,7 @@ from xscale_lightning.data.blocks import OriginCells
 from xscale_lightning.data.damage import DamageLog, is_constant
 from xscale_lightning.data.degrade import degrade
 from xscale_lightning.data.geotiff import UnreadableFile
+from xscale_lightning.data.left_out import SKIPPED, LeftOut
 from xscale_lightning.data.samplers import ResumableSampler, replicas_and_rank
 from xscale_lightning.data.scene import Scene
 from xscale_lightning.errors import UserError
@@ -45,7 +46,8 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
     row, column), and where asked for or known `label`, `valid [h, w]` (bool: no band is without data), `image_hr` and
     `gsd_hr`; in lists, not in random patches, `mask` (int64, the class of every pixel of the finest image). Pixels
     without data hold the band's `fill` value. Unreadable, constant or mostly empty patches are never delivered: a
-    random sample is drawn anew, a listed one is left out of its batch.
+    random sample is drawn anew, a listed one is left out of its batch. A batch says how many of its samples were drawn
+    anew because of a damaged file, if any (`SKIPPED`); one of which nothing is left is `{}`.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         self.failed = torch.zeros(len(self.scenes), dtype=torch.uint8).share_memory_()
         """`[scenes]` 1 where a read has failed; shared by all worker processes."""
         self.blank = torch.zeros_like(self.failed).share_memory_()  # the same for patches with one value everywhere
-        self.skips = torch.zeros((), dtype=torch.int64).share_memory_()
-        """How many reads have failed; shared by all worker processes."""
+        self.left_out = LeftOut(len(self))
+        """Listed patches whose read has failed; shared by all worker processes."""
+        self._failed_now = False
 
     def __len__(self) -> int:
         """Number of samples in an epoch."""
@@ -102,20 +105,22 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return one sample; an index beyond the length belongs to a later epoch."""
         batch = self.__getitems__([index])
-        return {key: value[0] for key, value in batch.items()}
+        if not batch:
+            raise UserError(self._nothing_to_deliver())
+        return {key: value[0] for key, value in batch.items() if key != SKIPPED}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the batch of these samples, stacked: `image [B, C, h, w]` and so on.
 
         Raises:
-            UserError: if a file is unreadable and that is to stop the run, or nothing can be delivered.
+            UserError: if a file is unreadable and that is to stop the run, or random patches find nothing to deliver.
         """
         index = np.asarray(indices, np.int64)
         shape = (len(index), len(self.fill), *self.size)
         images = np.empty(shape, np.float32)
         valid = np.ones((len(index), *self.size), bool) if self.validity else None
         places = np.zeros((len(index), 3), np.int64)
-        waiting = np.arange(len(index))
+        waiting, damaged = np.arange(len(index)), set[int]()
         for draw in range(MAX_DRAWS):
             if isinstance(self.origins, np.ndarray):
                 places[waiting] = self.origins[index[waiting]]
@@ -123,16 +128,26 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
                 places[waiting] = self.origins.locate(
                     uniform_numbers(self.seed, index[waiting], draw, self.origins.total)
                 )
-            done = [self._fetch(images[b], places[b], None if valid is None else valid[b]) for b in waiting]
+            done = []
+            for b in waiting:
+                self._failed_now = False
+                done.append(self._fetch(images[b], places[b], None if valid is None else valid[b]))
+                if self._failed_now:
+                    damaged.add(int(b))
             waiting = waiting[~np.array(done, bool)]
             if not len(waiting) or isinstance(self.origins, np.ndarray):
                 break
+        if not isinstance(self.origins, np.ndarray):
+            if len(waiting):
+                raise UserError(self._nothing_to_deliver())
+            batch = self._batch(images, places, valid)
+            return {**batch, SKIPPED: len(damaged)} if damaged else batch  # type: ignore[dict-item]
+        for b in damaged:
+            self.left_out.note(int(index[b]))
         kept = np.setdiff1d(np.arange(len(index)), waiting)
-        if not len(kept) or (len(waiting) and not isinstance(self.origins, np.ndarray)):
-            raise UserError(self._nothing_to_deliver())
         if len(waiting):
             images, places, valid = images[kept], places[kept], None if valid is None else valid[kept]
-        return self._batch(images, places, valid)
+        return self._batch(images, places, valid) if len(kept) else {}
 
     def readable(self, origins: np.ndarray) -> np.ndarray:
         """Which origins `[n, 3]` can be delivered, `[n]` bool."""
@@ -173,7 +188,7 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         if self.damage.first_time(error.path):
             logger.warning("Skipped a patch of %s. Others of this file are skipped without a message.", error)
         self.failed[scene] = 1
-        self.skips += 1
+        self._failed_now = True
 
     def _batch(self, images: np.ndarray, places: np.ndarray, valid: np.ndarray | None) -> dict[str, Tensor]:
         gsd = torch.tensor([self.scenes[scene].grid.gsd for scene in places[:, 0]], dtype=torch.float32)

@@ -1,13 +1,14 @@
-"""Reading past a damaged file: it is named, counted and replaced, or it stops the run; never a black image."""
+"""Reading past a damaged file: it is named and replaced or left out, or it stops the run; never a black image."""
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import Dataset
 
 from xscale_lightning.data.damage import DamageLog, usable, without_path
+from xscale_lightning.data.left_out import SKIPPED, LeftOut
 from xscale_lightning.errors import UserError
 
 OnError = Literal["skip", "stop"]
@@ -30,9 +31,15 @@ def check_on_error(on_error: str) -> None:
 class Reader(Dataset[dict[str, Any]]):
     """Reads samples of any map-style dataset, prepares them, and deals with those that cannot be read.
 
-    With `on_error="skip"` the next readable sample takes the place of a damaged one; `skips` counts how often, over all
-    worker processes. An index that is not an integer (a window of a GeoDataset) is replaced by the last readable one.
+    With `on_error="skip"` the next readable sample takes the place of a damaged one where one sample is asked for, as
+    training does; where several are, as everything that goes over a split in order does, damaged ones are left out.
+
+    Attributes:
+        left_out: the samples that were left out so far, over all worker processes.
     """
+
+    replaces = True
+    """For `SeededSamples`: what it draws for training is asked for one by one."""
 
     def __init__(
         self,
@@ -58,51 +65,80 @@ class Reader(Dataset[dict[str, Any]]):
         self.prepare = prepare
         self.on_error = on_error
         self.file_of = file_of
-        self.skips = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes write, the trainer reads
+        self.left_out = LeftOut(len(source) if hasattr(source, "__len__") else 0)  # type: ignore[arg-type]
         self.damage = DamageLog() if damage is None else damage
         self.keep_constant = keep_constant
-        self._last_good: Any = None
 
     def __len__(self) -> int:
         """Return the number of samples, damaged ones included."""
         return len(self.source)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        """Read one sample.
+        """Read one sample, or the next readable one in its place; see `read`."""
+        return self.read(index, self._next(index))
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Any]]:
+        """Read those of these samples that can be read; the others are left out and noted.
+
+        Raises:
+            UserError: naming the file, if one is damaged and `on_error` is "stop".
+        """
+        found = []
+        for index in indices:
+            sample, _ = self._try(index, "it is left out")
+            if sample is None:
+                self.left_out.note(index)
+            else:
+                found.append(sample)
+        return found
+
+    def read(self, index: Any, others: Iterable[Any]) -> dict[str, Any]:
+        """Read one sample, or the first readable of `others`, which has `SKIPPED`: 1.
 
         Raises:
             UserError: naming the file, if it is damaged and `on_error` is "stop", or nothing else can be read either.
         """
-        wanted = index
-        for attempt in range(1, MAX_SUBSTITUTES + 1):
-            try:
-                sample = self.prepare(self.source[index], index)
-                for key in _IMAGES:
-                    if key in sample:
-                        sample[key] = usable(sample[key], self.keep_constant)
-                self._last_good = index
-                return sample
-            except _NOT_THE_FILE:
-                raise
-            except (
-                Exception
-            ) as error:  # readers raise whatever their libraries raise: OSError, RuntimeError, SyntaxError
-                problem = self._describe(index, error)
-            if self.on_error == "stop":
-                raise UserError(f"{problem}. Repair or remove it, or set data.on_error to skip.")
-            self.skips += 1
-            if self.damage.first_time(self.file_of(index) or f"sample {index} of dataset {id(self.source)}"):
-                log.warning("%s; another sample takes its place (data.on_error: skip).", problem)
-            index = self._substitute(wanted, attempt)
-            if index is None:
-                break
+        problem = ""
+        for candidate in itertools.chain([index], itertools.islice(others, MAX_SUBSTITUTES - 1)):
+            sample, why = self._try(candidate, "another sample takes its place")
+            if sample is not None:
+                return {**sample, SKIPPED: 1} if problem else sample
+            problem = why
         raise UserError(f"{problem}, nor is any of the samples tried in its place. Check the data folder.")
 
-    def _substitute(self, index: Any, attempt: int) -> Any:
+    def _try(self, index: Any, remedy: str) -> tuple[dict[str, Any] | None, str]:
+        """A sample, or None and what is wrong with it."""
+        try:
+            sample = self.prepare(self.source[index], index)
+            for key in _IMAGES:
+                if key in sample:
+                    sample[key] = usable(sample[key], self.keep_constant)
+            return sample, ""
+        except _NOT_THE_FILE:
+            raise
+        except Exception as error:  # readers raise whatever their libraries raise: OSError, RuntimeError, SyntaxError
+            problem = self._describe(index, error)
+        if self.on_error == "stop":
+            raise UserError(f"{problem}. Repair or remove it, or set data.on_error to skip.")
+        if self.damage.first_time(self.file_of(index) or f"sample {index} of dataset {id(self.source)}"):
+            log.warning("%s; %s (data.on_error: skip).", problem, remedy)
+        return None, problem
+
+    def _next(self, index: Any) -> Iterator[Any]:
+        """What takes the place of a sample: those after it."""
         if isinstance(index, int):
-            return (index + attempt) % len(self) if attempt < len(self) else None
-        return self._last_good
+            yield from ((index + step) % len(self) for step in range(1, len(self)))
 
     def _describe(self, index: Any, error: Exception) -> str:
-        name = self.file_of(index) or f"sample {index}"
+        name = self.file_of(index) or _name(index)
+        if "previous exception" in str(error) and error.__cause__ is not None:  # rasterio's way to say: look there
+            error = error.__cause__  # type: ignore[assignment]
         return f"data: {name} is not readable ({type(error).__name__}: {without_path(str(error), name)})"
+
+
+def _name(index: Any) -> str:
+    """What to call a sample without a file."""
+    if isinstance(index, Sequence) and len(index) > 1 and all(isinstance(side, slice) for side in index):
+        x, y = index[0], index[1]
+        return f"the window x {x.start:.12g} to {x.stop:.12g}, y {y.start:.12g} to {y.stop:.12g}"
+    return f"sample {index}"

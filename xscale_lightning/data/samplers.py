@@ -25,17 +25,27 @@ class Draw(NamedTuple):
 
     index: Any
     seed: int
+    epoch: int = 0
+    number: int = -1
+    """Its place in the epoch, where somebody else's sampler has drawn it."""
 
 
 class SeededSamples(Dataset[Any]):
     """Samples whose random numbers (torch's, NumPy's, Python's) are functions of (seed, epoch, sample) alone.
 
-    So a transform that draws gives the same in a resumed run, and with any number of worker processes.
+    So a transform that draws gives the same in a resumed run, and with any number of worker processes. In training what
+    takes the place of a damaged sample is such a function, too: the samples or windows after it.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        """Wrap a dataset; a `Draw` seeds its sample, any other index does not."""
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset[Any], training: bool = True, sampler: Any = None) -> None:
+        """Wrap a dataset; a `Draw` seeds its sample, any other index does not.
+
+        Args:
+            dataset: what to read from.
+            training: whether damaged samples are replaced; else they are left out.
+            sampler: the `DrawnSampler` or `DrawnBatches` that draws, if it is one.
+        """
+        self.dataset, self.training, self.sampler = dataset, training, sampler
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -46,16 +56,32 @@ class SeededSamples(Dataset[Any]):
         if not isinstance(draw, Draw):
             return self.dataset[draw]
         seed_generators(draw.seed)
+        if self.sampler is not None and getattr(self.dataset, "replaces", False):
+            return self.dataset.read(draw.index, self._others(draw))  # type: ignore[attr-defined]
         return self.dataset[draw.index]
+
+    def _others(self, draw: Draw) -> Iterator[Any]:
+        """The windows after one, in its epoch."""
+        drawn = draw_all(self.sampler.source, self.sampler.seed, draw.epoch)
+        flat = [other for entry in drawn for other in (entry if isinstance(entry, list) else [entry])]
+        yield from (flat[(draw.number + step) % len(flat)].index for step in range(1, len(flat)))
 
     def __getitems__(self, draws: Sequence[Any]) -> Any:
         """A batch; a dataset that fetches whole batches is seeded once for each."""
         whole = getattr(self.dataset, "__getitems__", None)
-        if whole is None:
+        one_by_one = getattr(self.dataset, "replaces", False)
+        if whole is None or (one_by_one and self.training):
             return [self[draw] for draw in draws]
+        if one_by_one:
+            return [sample for draw in draws for sample in self._readable(draw)]
         if isinstance(draws[0], Draw):
             seed_generators(draws[0].seed)
         return whole([draw.index if isinstance(draw, Draw) else draw for draw in draws])
+
+    def _readable(self, draw: Any) -> list[Any]:
+        if isinstance(draw, Draw):
+            seed_generators(draw.seed)
+        return self.dataset.__getitems__([draw.index if isinstance(draw, Draw) else draw])  # type: ignore[attr-defined]
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -143,22 +169,24 @@ def draw_all(sampler: Any, seed: int, epoch: int) -> list[Any]:
     numbers = iter(range(2**62))
 
     def name(index: Any) -> Draw:
-        return Draw(index, mix_seed(seed, epoch, next(numbers)))
+        number = next(numbers)
+        return Draw(index, mix_seed(seed, epoch, number), epoch, number)
 
     return [[name(index) for index in entry] if isinstance(entry, list) else name(entry) for entry in drawn]
 
 
-def make_resumable(dataset: Dataset[Any], options: dict[str, Any]) -> Dataset[Any]:
+def make_resumable(dataset: Dataset[Any], options: dict[str, Any], training: bool) -> Dataset[Any]:
     """Put our samplers into a loader's `options`; returns the dataset to read from, which takes their draws."""
+    sampler: Any = None
     if options.pop("shuffle", False):
         options["sampler"] = ShuffledSampler(dataset)
     elif isinstance(options.get("batch_sampler"), Sized):
-        options["batch_sampler"] = DrawnBatches(options["batch_sampler"])
+        options["batch_sampler"] = sampler = DrawnBatches(options["batch_sampler"])
     elif isinstance(options.get("sampler"), Sized) and not isinstance(options["sampler"], ResumableSampler):
-        options["sampler"] = DrawnSampler(options["sampler"])
+        options["sampler"] = sampler = DrawnSampler(options["sampler"])
     else:
         return dataset
-    return SeededSamples(dataset)
+    return SeededSamples(dataset, training, sampler)
 
 
 def begin_inside(loader: DataLoader[Any], epoch: int, batch: int) -> bool:

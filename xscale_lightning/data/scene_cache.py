@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import numpy as np
 from xscale_lightning.data.geotiff import Grid, Source, open_raster
 from xscale_lightning.data.shards import write_array
 from xscale_lightning.errors import UserError
+from xscale_lightning.files import PART
+from xscale_lightning.locks import is_free
 
 Pixels = tuple[np.ndarray, np.ndarray | None]
+FRESH = 10.0  # seconds in which a new file is locked by its writer
 BESIDE = (".ovr", ".aux.xml")  # what viewers write beside a raster
 
 
@@ -41,6 +45,7 @@ def mapped(folder: str, what: tuple[Sequence[Source], Grid, float | None], read:
     pixels, valid = read()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        remove_stale(Path(folder))
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"data.cache_dir: '{folder}' cannot be written ({error.strerror}); choose another.") from error
@@ -52,6 +57,15 @@ def mapped(folder: str, what: tuple[Sequence[Source], Grid, float | None], read:
     write_array(paths[1], np.empty(0, bool) if valid is None else valid)
     write_array(paths[0], pixels)  # last: where it is, both are whole
     return _open(*paths, pixels.shape) or (pixels, valid)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that were killed have left. Several processes may fill one folder: theirs are locked."""
+    now = time.time()
+    for part in folder.glob(f".*{PART}"):
+        with contextlib.suppress(OSError):
+            if not part.is_symlink() and part.is_file() and now - part.stat().st_mtime > FRESH and is_free(part):
+                part.unlink()
 
 
 def _stamps(path: str) -> list[tuple[str, int, int]]:

@@ -15,6 +15,7 @@ from xscale_lightning.data.bands import SENSORS, BandSelection, band_key
 from xscale_lightning.data.blocks import BlockMap, fixed_origins, origin_cells, split_blocks
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
 from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, UnreadableFile, common_grid
+from xscale_lightning.data.left_out import InOrder
 from xscale_lightning.data.patches import EpochSampler, PatchDataset, collate, stop_message
 from xscale_lightning.data.samplers import begin_worker
 from xscale_lightning.data.scene import Scene
@@ -278,12 +279,11 @@ class SceneFolder(XScaleDataModule):
         if len(self.left_out) > _SHOWN:
             logger.warning("Left out %d files and scenes of '%s' in all.", len(self.left_out), self.root)
 
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], *, training: bool = False, **options: Any) -> DataLoader[Any]:
         """Loader of whole batches, as `PatchDataset` fetches them."""
         if options.pop("shuffle", False) and isinstance(dataset, PatchDataset):
-            # Random patches need no shuffling but a count that goes on from epoch to epoch.
-            options["sampler"] = EpochSampler(dataset)
-        return DataLoader(
+            options["sampler"] = EpochSampler(dataset)  # random patches need a count that goes on over epochs
+        return (DataLoader if training else InOrder)(
             dataset,
             **options,
             batch_size=self.batch_size,

@@ -18,6 +18,7 @@ import numpy as np
 
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import told, whole, write_bytes
+from xscale_lightning.locks import lock_file
 
 INDEX = "pack.json"
 FORMAT = 1
@@ -92,12 +93,13 @@ def write_shard(folder: Path, name: str, parts: Sequence[Mapping[str, np.ndarray
     Args:
         folder: of the pack.
         name: of the shard, for example `train-00000`.
-        parts: batches of columns `[n, ...]` with the same names and sample shapes.
+        parts: batches of columns `[n, ...]` with the same names and sample shapes; `{}` where nothing could be read.
 
     Raises:
         UserError: the batches differ in columns or shapes, or the files cannot be written.
     """
     columns = {}
+    read, parts = len(parts), [part for part in parts if part]
     for key in parts[0]:
         shapes = {part[key].shape[1:] if key in part else None for part in parts}
         if len(shapes) > 1:
@@ -105,7 +107,7 @@ def write_shard(folder: Path, name: str, parts: Sequence[Mapping[str, np.ndarray
         values = np.concatenate([narrowest(part[key]) for part in parts])
         delivered = parts[0][key].dtype.str if parts[0][key].dtype.kind != "S" else "str"
         columns[key] = _write_array(folder, f"{name}.{key}.npy", values, delivered)
-    shard = Shard(sum(len(next(iter(part.values()))) for part in parts), len(parts), columns)
+    shard = Shard(sum(len(next(iter(part.values()))) for part in parts), read, columns)
     write_text(folder / f"{name}.json", json.dumps(asdict(shard)))
     return shard
 
@@ -118,14 +120,17 @@ def _write_array(folder: Path, file: str, values: np.ndarray, delivered: str) ->
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write a `.npy` file whole or not at all.
+    """Write a `.npy` file whole or not at all; it is locked while it is written.
 
     Raises:
         UserError: it cannot be written.
     """
     with told(path), whole(path) as part, part.open("wb") as file:
+        lock_file(file.fileno())
         # Handed the file itself, NumPy would write past Python and lose the system's reason, such as a full disk.
         np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())  # under the lock: it may take minutes
 
 
 def write_text(path: Path, content: str) -> None:

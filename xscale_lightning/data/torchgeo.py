@@ -1,6 +1,7 @@
 """Any TorchGeo dataset or data module as our batches: bands by name, raw values, gsd in metres."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from xscale_lightning.data import sources
 from xscale_lightning.data.datamodule import Split
+from xscale_lightning.data.reading import MAX_SUBSTITUTES
 from xscale_lightning.data.wrapped import WrappedData
 from xscale_lightning.errors import UserError
 
 DatasetFactory = Callable[[], Dataset]
+MAX_LOOKED = 10**6  # windows among which a readable one is looked for, where the first is damaged
 
 
 @dataclass
@@ -125,13 +128,19 @@ class TorchGeoData(WrappedData):
             return random_split(source, shares, torch.Generator().manual_seed(0))[int(from_training)]
         return source
 
-    def first_index(self, split: Split) -> Any:
-        """Index of some sample: 0, or the first window of a GeoDataset's sampler."""
+    def some_indices(self, split: Split, source: Dataset[Any]) -> Iterator[Any]:
+        """Indices of some samples: of a GeoDataset windows of its sampler, the first one and others all over it."""
         if split not in self._samplers:
-            return 0
+            yield from super().some_indices(split, source)
+            return
         ((kind, sampler),) = self._samplers[split].items()
-        first = next(iter(sampler))
-        return first[0] if kind == "batch_sampler" else first
+
+        def window(entry: Any) -> Any:
+            return entry[0] if kind == "batch_sampler" else entry
+
+        yield window(next(iter(sampler)))
+        drawn = list(itertools.islice(sampler, MAX_LOOKED))
+        yield from (window(entry) for entry in drawn[:: max(1, len(drawn) // MAX_SUBSTITUTES)])
 
     def _from_datamodule(self, module: LightningDataModule, split: Split) -> Dataset[Any] | None:
         stage = "test" if split == "test" else "fit"
@@ -146,7 +155,7 @@ class TorchGeoData(WrappedData):
     def _build(self, factory: DatasetFactory, **options: Any) -> Dataset[Any]:
         return sources.build(factory, self.name, self._root, self._download, **options)
 
-    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], *, training: bool = False, **options: Any) -> DataLoader[Any]:
         split = next((key for key, value in self._datasets.items() if value is dataset), "")
         # Windows of a GeoDataset: their sampler decides order and number.
-        return super()._loader(dataset, **self._samplers.get(split, options))
+        return super()._loader(dataset, training=training, **self._samplers.get(split, options))

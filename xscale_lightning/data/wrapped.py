@@ -1,6 +1,6 @@
 """What all data modules around somebody else's samples share: bands by name, raw values, gsd, size, labels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -158,9 +158,10 @@ class WrappedData(XScaleDataModule):
         """Open a split of the wrapped data (samples with `image` and perhaps `label`), or None if there is none."""
         raise TypeError(f"{type(self).__name__} must implement open_source(split).")
 
-    def first_index(self, split: Split) -> Any:
-        """Index of some sample of an opened split."""
-        return 0
+    def some_indices(self, split: Split, source: Dataset[Any]) -> Iterator[Any]:
+        """Indices of samples of an opened split, of which one of the first has to be readable."""
+        yield 0
+        yield from range(1, len(source))  # type: ignore[arg-type]
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:
         """Open one split and learn image size, classes and label form from its first sample.
@@ -182,9 +183,10 @@ class WrappedData(XScaleDataModule):
             gsd=self._given_gsd,
             preset_gsd=self.bands.gsd,
         )
-        file_of = partial(describe.file_of, source)
-        reader = Reader(source, prepare, self._on_error, file_of, self.damage, self._keep_constant)
-        first = reader[self.first_index(split)]
+        place_of = partial(describe.place_of, source)
+        reader = Reader(source, prepare, self._on_error, place_of, self.damage, self._keep_constant)
+        indices = self.some_indices(split, source)
+        first = reader.read(next(indices), indices)
         self.image_size = (first["image"].shape[1], first["image"].shape[2])
         self.gsd = float(first["gsd"])
         if "label" in first:

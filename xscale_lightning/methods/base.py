@@ -263,9 +263,9 @@ class SSLModule(CheckedModule):
 
     def on_train_epoch_end(self) -> None:
         """Say how many damaged samples the data module had to replace, if any: `data/skipped`."""
-        skipped = getattr(getattr(self.trainer, "datamodule", None), "skipped", 0)
-        if skipped:
-            self.log("data/skipped", float(skipped))
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "count_skipped") and data.count_skipped():
+            self.log("data/skipped", float(data.skipped))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the method: class, arguments, bands, versions; plain types only."""
