@@ -1,6 +1,7 @@
 """Reading past a damaged file: it is named, counted and replaced, or it stops the run; never a black image."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from xscale_lightning.errors import UserError
 
 OnError = Literal["skip", "stop"]
 MAX_SUBSTITUTES = 32
+_GOLDEN = 0.618  # share of all samples from one substitute to the next: they spread evenly, however many are tried
 
 # Mistakes in code or configuration: no other file would read any better.
 _NOT_THE_FILE = (UserError, TypeError, AttributeError, NameError, ImportError, MemoryError)
@@ -30,7 +32,7 @@ def check_on_error(on_error: str) -> None:
 class Reader(Dataset[dict[str, Any]]):
     """Reads samples of any map-style dataset, prepares them, and deals with those that cannot be read.
 
-    With `on_error="skip"` the next readable sample takes the place of a damaged one; `skips` counts how often, over all
+    With `on_error="skip"` another readable sample takes the place of a damaged one; `skips` counts how often, over all
     worker processes. An index that is not an integer (a window of a GeoDataset) is replaced by the last readable one.
     """
 
@@ -99,9 +101,12 @@ class Reader(Dataset[dict[str, Any]]):
         raise UserError(f"{problem}, nor is any of the samples tried in its place. Check the data folder.")
 
     def _substitute(self, index: Any, attempt: int) -> Any:
-        if isinstance(index, int):
-            return (index + attempt) % len(self) if attempt < len(self) else None
-        return self._last_good
+        """Far from the damaged one: files that lie side by side are damaged together."""
+        if not isinstance(index, int):
+            return self._last_good
+        count = len(self)
+        step = next(step for step in range(max(1, round(count * _GOLDEN)), count + 1) if math.gcd(step, count) == 1)
+        return (index + attempt * step) % count if attempt < count else None
 
     def _describe(self, index: Any, error: Exception) -> str:
         name = self.file_of(index) or f"sample {index}"
