@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xscale_lightning.data.damage import without_path
+from xscale_lightning.data.soundness import implausible, turned, unwritten
 
 Kind = Literal[
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
@@ -67,13 +68,21 @@ class Totals:
         self.first = first
 
 
-def check_file(finding: Finding, read: Callable[[], bytes] | None = None, limit: float = 0.5) -> Finding:
-    """Fill in a finding; every pixel is read once.
+def check_file(
+    finding: Finding,
+    read: Callable[[], bytes] | None = None,
+    limit: float = 0.5,
+    nodata: float | None = None,
+    scene: bool = False,
+) -> Finding:
+    """Fill in a finding; every pixel is read once, strip by strip, unless the header cannot be true.
 
     Args:
         finding: names the file and its role.
         read: gives the content of the file, where it lies in an archive.
         limit: largest share of pixels without data or not finite.
+        nodata: value that means no data in files that declare none.
+        scene: whether it must be a north-up raster.
     """
     try:
         content = None if read is None else read()
@@ -84,7 +93,7 @@ def check_file(finding: Finding, read: Callable[[], bytes] | None = None, limit:
         elif finding.path.lower().endswith(PICTURES):
             _check_picture(finding, content, limit)
         else:
-            _check_raster(finding, content, limit)
+            _check_raster(finding, content, limit, nodata, scene)
     except Exception as error:  # libraries raise whatever they like for damaged files: the finding is what counts
         finding.kind, finding.detail = finding.kind or "unreadable", without_path(str(error), finding.path)
     return finding
@@ -100,7 +109,7 @@ def _cannot_be_opened(path: str) -> tuple[Kind, str] | None:
     return ("empty", "the file is empty (0 bytes)") if os.path.getsize(path) == 0 else None
 
 
-def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None:
+def _check_raster(finding: Finding, content: bytes | None, limit: float, nodata: float | None, scene: bool) -> None:
     from rasterio.enums import MaskFlags
     from rasterio.errors import RasterioError
     from rasterio.io import MemoryFile
@@ -118,6 +127,14 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None
         finding.bands, finding.dtype = source.count, str(np.result_type(*source.dtypes))
         finding.crs = source.crs.to_string() if source.crs else None
         finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
+        problem = implausible(source, finding.path if content is None else content)
+        if problem is None and nodata is None and (holes := unwritten(source)):
+            problem = "truncated", f"{holes}, and it declares no no-data value"
+        if problem is None and scene and (reason := turned(source)):
+            problem = "crs", reason
+        if problem is not None:
+            finding.kind, finding.detail = problem  # type: ignore[assignment]
+            return
         totals = Totals()
         masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
         try:
@@ -133,10 +150,17 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None
 def _strips(source: Any) -> Iterator[Any]:
     from rasterio.windows import Window
 
-    rows = max(1, _STRIP // max(1, source.width * source.count))
-    rows = max(rows, source.block_shapes[0][0])
+    height, width = source.block_shapes[0]
+    rows = max(1, _STRIP // max(1, source.width * source.count), height)
+    cols = (
+        source.width
+        if rows * source.width * source.count <= 4 * _STRIP
+        else max(width, _STRIP // (rows * source.count))
+    )
     for row in range(0, source.height, rows):
-        yield Window(0, row, source.width, min(rows, source.height - row))  # type: ignore[call-arg]
+        for col in range(0, source.width, cols):
+            size = min(cols, source.width - col), min(rows, source.height - row)
+            yield Window(col, row, *size)  # type: ignore[call-arg]
 
 
 def _check_picture(finding: Finding, content: bytes | None, limit: float) -> None:
