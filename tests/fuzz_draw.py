@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import math
+import pkgutil
 import random
 import sys
 import types
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzz_files import LABELLED, METHODS, TASKS, data_modules
+from fuzz_files import LABELLED, METHODS, SMALL_PATCHES, TASKS, data_modules
 
 NUMBERS = [0, -1, 1, 2, 3, 7, 10**9, 2**63, 10**30, 0.5, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf]
 OTHERS = [
@@ -81,9 +83,12 @@ class Case:
         """As a file."""
         built: dict[str, Any] = {
             "seed_everything": 3,
-            "model": {"class_path": self.method, "init_args": copy.deepcopy({**METHODS, **TASKS}[self.method])},
+            "model": {
+                "class_path": self.method,
+                "init_args": copy.deepcopy({**METHODS, **TASKS}[self.method]),
+            },
             "data": {
-                "class_path": self.data,
+                "class_path": self.data.partition(":")[0],
                 "init_args": {"batch_size": 4, "num_workers": 0, **copy.deepcopy(data_modules(root)[self.data])},
             },
             "trainer": {
@@ -95,8 +100,10 @@ class Case:
             "geometry": {"max_samples": 2, "every_n_epochs": 0},
             "pictures": {"num_images": 1, "num_score_images": 1, "every_n_epochs": 0},
         }  # fmt: skip
+        if self.data in SMALL_PATCHES:
+            built["model"]["init_args"]["backbone"]["patch_size"] = SMALL_PATCHES[self.data]
         for section, name, value in self.changes:
-            place = built.setdefault(section, {})
+            place = built.setdefault(section, {}) if section else built
             place = place["init_args"] if section in ("model", "data") else place
             *parents, leaf = name.split(".")
             for parent in parents:
@@ -113,21 +120,43 @@ def pool() -> dict[tuple[str, str], list[tuple[str, Any]]]:
     from xscale_lightning.methods.discovery import load_class
 
     found = {("model", name): list(arguments(load_class(name))) for name in (*METHODS, *TASKS)}
-    children = {}
-    waiting = [train.XScaleDataModule]
+    modules = {cls.__name__: cls for cls in concrete(train.XScaleDataModule, "data")}
+    found |= {("data", name): list(arguments(modules[class_name(name)])) for name in data_modules(Path())}
+    return found | {("callback", key): list(arguments(cls)) for key, cls in train.CALLBACKS.items()}
+
+
+def concrete(base: type, *packages: str) -> list[type]:
+    """Classes below `base` in these packages of ours that a configuration can name: all but the bases of others."""
+    for package in packages:
+        place = importlib.import_module(f"xscale_lightning.{package}")
+        for module in pkgutil.iter_modules(place.__path__):
+            importlib.import_module(f"{place.__name__}.{module.name}")
+    found, waiting = [], [base]
     while waiting:
         cls = waiting.pop()
-        children[cls.__name__] = cls
         waiting += cls.__subclasses__()
-    found |= {("data", name): list(arguments(children[name])) for name in data_modules(Path())}
-    found |= {("callback", key): list(arguments(cls)) for key, cls in train.CALLBACKS.items() if key in OURS}
+        ours = any(cls.__module__.startswith(f"xscale_lightning.{package}.") for package in packages)
+        found += [cls] * (ours and cls is not base and cls.__name__ not in BASES)
     return found
 
 
-OURS = ("guard", "knn", "linear", "geometry", "pictures", "summary", "throughput", "affinity", "alignment")
+def class_name(data: str) -> str:
+    """Name of the class of a data module of `data_modules`."""
+    return data.partition(":")[0].rpartition(".")[2]
+
+
+BASES = ("WrappedData", "ChangeData", "HostedMethod", "FineTune")  # not for configurations
+WRITES = ("checkpoint.dirpath", "cache_dir")  # folders to write into: whatever is given is a wish
 TRAINER = [("precision", typing.Literal["16-mixed", "bf16-mixed", "64-true"]), ("max_steps", int),
            ("accumulate_grad_batches", int), ("gradient_clip_val", float), ("limit_val_batches", float),
-           ("log_every_n_steps", int), ("check_val_every_n_epoch", int)]  # fmt: skip
+           ("log_every_n_steps", int), ("check_val_every_n_epoch", int), ("limit_train_batches", float),
+           ("gradient_clip_algorithm", typing.Literal["norm", "value"]), ("val_check_interval", float),
+           ("num_sanity_val_steps", int), ("overfit_batches", float),
+           ("accelerator", typing.Literal["cpu", "gpu"]),
+           ("max_time", str), ("min_steps", int), ("min_epochs", int), ("max_epochs", int), ("profiler", str),
+           ("deterministic", typing.Literal["warn"]), ("detect_anomaly", bool), ("enable_checkpointing", bool),
+           ("reload_dataloaders_every_n_epochs", int), ("use_distributed_sampler", bool)]  # fmt: skip
+TOP = [("seed_everything", int), ("ckpt_path", typing.Literal["last", "best"]), ("stages", list)]
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -141,14 +170,15 @@ def draw(choice: random.Random, everything: dict[tuple[str, str], list[tuple[str
     method, data = choice.choice(pairs())
     changes = []
     for _ in range(choice.choice([1, 1, 1, 2, 3])):
-        section = choice.choice(["model"] * 4 + ["data"] * 4 + ["callback", "trainer"])
+        section = choice.choice(["model"] * 8 + ["data"] * 8 + ["callback"] * 3 + ["trainer"] * 2 + [""])
         if section == "callback":
-            section = choice.choice(OURS)
+            section = choice.choice([key for kind, key in everything if kind == "callback"])
             options = everything["callback", section]
-        elif section == "trainer":
-            options = TRAINER
+        elif section in ("trainer", ""):
+            options = TRAINER if section else TOP
         else:
             options = everything[section, method if section == "model" else data]
+        options = [option for option in options if not f"{section}.{option[0]}".endswith(WRITES)]
         if options:
             name, hint = choice.choice(options)
             changes.append((section, name, choice.choice(wrong_values(hint))))

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from xscale_lightning.data.datamodule import XScaleDataModule
+from xscale_lightning.methods.base import SSLModule
+from xscale_lightning.methods.discovery import load_class
 from xscale_lightning.models.blocks import Block
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fuzz is a script of its own, too
 import fuzz_config
-from fuzz_draw import Case
-from fuzz_files import make_files
+from fuzz_draw import Case, class_name, concrete
+from fuzz_files import LABELLED, METHODS, TASKS, data_modules, make_files
 
 SEGMENTATION = "xscale_lightning.tasks.segmentation.Segmentation"
 FOUND = [
@@ -50,6 +53,13 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments():
     return fuzz_config.pool()
+
+
+def test_every_method_task_and_data_module_is_drawn():
+    assert {cls.__name__ for cls in concrete(XScaleDataModule, "data")} == set(map(class_name, data_modules(Path())))
+    drawn = {load_class(name) for name in (*METHODS, *TASKS)}
+    assert set(concrete(SSLModule, "methods", "tasks")) == drawn
+    assert set(LABELLED) == {name.rpartition(".")[2] for name in TASKS}
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -17,6 +17,7 @@ import numpy as np
 
 from xscale_lightning.data.damage import without_path
 from xscale_lightning.data.ground import metres_per_pixel
+from xscale_lightning.data.soundness import implausible, turned, unwritten
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".img")
 MAX_OPEN_FILES = 64
@@ -57,6 +58,8 @@ class Raster:
     """Ground sample distance in metres per pixel; None without a CRS."""
     masked: bool
     """Whether pixels can be without data: a declared no-data value, a mask, or a type that has NaN."""
+    unwritten: str = ""
+    """Why pixels read as zeros that nobody wrote; "" where none do."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,11 @@ def inspect(path: str) -> Raster:
     if empty:
         raise UnreadableFile(path, "the file is empty (0 bytes)")
     with open_raster(path) as source:
+        if found := implausible(source, path):
+            raise UnreadableFile(path, found[1])
+        if problem := turned(source):
+            raise UnreadableFile(path, problem)
         transform = source.transform
-        if transform.b or transform.d or transform.a <= 0 or transform.e == 0 or (source.crs and transform.e > 0):
-            raise UnreadableFile(
-                path, "its rows do not run west to east and north to south; warp it to a north-up grid"
-            )
         return Raster(
             path=path,
             descriptions=tuple(text or "" for text in source.descriptions),
@@ -116,6 +119,7 @@ def inspect(path: str) -> Raster:
             dtype=np.result_type(*source.dtypes).name,
             metres=metres_per_pixel(source),
             masked=any(np.issubdtype(np.dtype(t), np.floating) for t in source.dtypes) or any(_masked_bands(source)),
+            unwritten=unwritten(source),
         )
 
 
@@ -225,6 +229,8 @@ class RasterReader:
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
+        if raster.unwritten and self.nodata is None:
+            raise UnreadableFile(raster.path, f"{raster.unwritten}, and it declares no no-data value")
         scale_x, scale_y = grid.dx / raster.dx, grid.dy / raster.dy
         exact = (
             (grid.left - raster.left) / raster.dx + col * scale_x,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xscale_lightning.data.datamodule import check_folder
+from xscale_lightning.data.soundness import implausible, unwritten
 from xscale_lightning.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -50,9 +51,16 @@ class FileStore:
         return sorted(path for path in found if path.lower().endswith(PICTURES + GEOTIFFS))
 
     def read(self, path: str) -> bytes:
-        """Content of one file."""
+        """Content of one file.
+
+        Raises:
+            OSError: it cannot be read, or is a folder, a pipe or a device, whose content has no end.
+        """
         if os.path.isdir(self.root):
-            return Path(self.root, path).read_bytes()
+            place = Path(self.root, path)
+            if place.exists() and not place.is_file():
+                raise OSError("it is no file")
+            return place.read_bytes()
         return self._open().read(path)
 
     def _open(self) -> zipfile.ZipFile:
@@ -90,7 +98,7 @@ def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
     data, as the file declares them, are NaN; the reader fills them (`damage.usable`).
 
     Raises:
-        ValueError: if no pixel has data.
+        ValueError: if no pixel has data, or the header cannot be true.
     """
     if path.lower().endswith(PICTURES):
         from PIL import Image
@@ -99,6 +107,9 @@ def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:
             array = np.array(picture.convert("RGB") if picture.mode in ("P", "CMYK", "YCbCr") else picture, np.float32)
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1), None
     with open_content(path, content) as source:
+        problem = implausible(source, content)
+        if reason := problem[1] if problem else unwritten(source):
+            raise ValueError(reason)
         crs = source.crs
         gsd = None
         if crs is not None and crs.is_projected:

@@ -10,6 +10,7 @@ import numpy as np
 
 from xscale_lightning.data.damage import without_path
 from xscale_lightning.data.image_files import open_content
+from xscale_lightning.data.soundness import implausible, turned, unwritten
 
 Kind = Literal[
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
@@ -69,13 +70,21 @@ class Totals:
         self.first = first
 
 
-def check_file(finding: Finding, read: Callable[[], bytes] | None = None, limit: float = 0.5) -> Finding:
-    """Fill in a finding; every pixel is read once.
+def check_file(
+    finding: Finding,
+    read: Callable[[], bytes] | None = None,
+    limit: float = 0.5,
+    nodata: float | None = None,
+    scene: bool = False,
+) -> Finding:
+    """Fill in a finding; every pixel is read once, strip by strip, unless the header cannot be true.
 
     Args:
         finding: names the file and its role.
         read: gives the content of the file, where it lies in an archive.
         limit: largest share of pixels without data or not finite.
+        nodata: value that means no data in files that declare none.
+        scene: whether it must be a north-up raster.
     """
     try:
         content = None if read is None else read()
@@ -86,7 +95,7 @@ def check_file(finding: Finding, read: Callable[[], bytes] | None = None, limit:
         elif finding.path.lower().endswith(PICTURES):
             _check_picture(finding, content, limit)
         else:
-            _check_raster(finding, content, limit)
+            _check_raster(finding, content, limit, nodata, scene)
     except Exception as error:  # libraries raise whatever they like for damaged files: the finding is what counts
         finding.kind, finding.detail = finding.kind or "unreadable", without_path(str(error), finding.path)
     return finding
@@ -102,7 +111,7 @@ def _cannot_be_opened(path: str) -> tuple[Kind, str] | None:
     return ("empty", "the file is empty (0 bytes)") if os.path.getsize(path) == 0 else None
 
 
-def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None:
+def _check_raster(finding: Finding, content: bytes | None, limit: float, nodata: float | None, scene: bool) -> None:
     from rasterio.errors import RasterioError
 
     from xscale_lightning.data.geotiff import UnreadableFile, open_raster
@@ -116,15 +125,16 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float) -> None
             finding.kind, finding.detail = "no image", without_path(text, finding.path)
             return
         try:
-            totals = _read(finding, source)
+            totals = _read(finding, source, content, nodata, scene)
         except RasterioError as error:
             finding.kind, finding.detail = "truncated", without_path(str(error.__cause__ or error), finding.path)
             return
-    judge(finding, totals, limit)
+    if totals is not None:
+        judge(finding, totals, limit)
 
 
-def _read(finding: Finding, source: Any) -> Totals:
-    """Take down what a raster says of itself, and read its pixels."""
+def _read(finding: Finding, source: Any, content: bytes | None, nodata: float | None, scene: bool) -> Totals | None:
+    """Take down what a raster says of itself, and read its pixels; None, with a kind, where the header is at fault."""
     from rasterio.enums import MaskFlags
 
     from xscale_lightning.data.ground import metres_per_pixel
@@ -132,6 +142,14 @@ def _read(finding: Finding, source: Any) -> Totals:
     finding.bands, finding.dtype = source.count, str(np.result_type(*source.dtypes))
     finding.crs = source.crs.to_string() if source.crs else None
     finding.size, finding.gsd = f"{source.height} x {source.width}", metres_per_pixel(source)
+    problem = implausible(source, finding.path if content is None else content)
+    if problem is None and nodata is None and (holes := unwritten(source)):
+        problem = "truncated", f"{holes}, and it declares no no-data value"
+    if problem is None and scene and (reason := turned(source)):
+        problem = "crs", reason
+    if problem is not None:
+        finding.kind, finding.detail = problem  # type: ignore[assignment]
+        return None
     totals = Totals()
     masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
     for window in _strips(source):
@@ -143,10 +161,17 @@ def _read(finding: Finding, source: Any) -> Totals:
 def _strips(source: Any) -> Iterator[Any]:
     from rasterio.windows import Window
 
-    rows = max(1, _STRIP // max(1, source.width * source.count))
-    rows = max(rows, source.block_shapes[0][0])
+    height, width = source.block_shapes[0]
+    rows = max(1, _STRIP // max(1, source.width * source.count), height)
+    cols = (
+        source.width
+        if rows * source.width * source.count <= 4 * _STRIP
+        else max(width, _STRIP // (rows * source.count))
+    )
     for row in range(0, source.height, rows):
-        yield Window(0, row, source.width, min(rows, source.height - row))  # type: ignore[call-arg]
+        for col in range(0, source.width, cols):
+            size = min(cols, source.width - col), min(rows, source.height - row)
+            yield Window(col, row, *size)  # type: ignore[call-arg]
 
 
 def _check_picture(finding: Finding, content: bytes | None, limit: float) -> None:

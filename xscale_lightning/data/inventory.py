@@ -11,7 +11,7 @@ from xscale_lightning.data.damage import without_path
 from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.folder import ImageFolderData
 from xscale_lightning.data.image_files import FileStore
-from xscale_lightning.data.inspection import Finding, check_sample
+from xscale_lightning.data.inspection import Finding, check_file, check_sample
 from xscale_lightning.data.mask_folder import READ, MaskFolder
 from xscale_lightning.data.pack_inventory import pack_findings
 from xscale_lightning.data.packed import PackedData
@@ -66,7 +66,8 @@ def _rasters(data: SceneFolder, root: str, files: str | None, argument: str, gro
     found = []
     for path in list_rasters(root, files, argument):
         band = split_band(os.path.splitext(os.path.basename(path))[0], keys)[1]
-        found.append(Item(Finding(path, group=f"{group} {band}" if band else group)))
+        finding = Finding(path, group=f"{group} {band}" if band else group)
+        found.append(Item(finding, check=partial(check_file, finding, nodata=data.reader.nodata, scene=True)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from xscale_lightning.errors import UserError
 
 OnError = Literal["skip", "stop"]
 MAX_SUBSTITUTES = 32
+_GOLDEN = 0.618  # share of all samples from one substitute to the next: they spread evenly, however many are tried
 
 # Mistakes in code or configuration: no other file would read any better.
 _NOT_THE_FILE = (UserError, TypeError, AttributeError, NameError, ImportError, MemoryError)
@@ -31,7 +33,7 @@ def check_on_error(on_error: str) -> None:
 class Reader(Dataset[dict[str, Any]]):
     """Reads samples of any map-style dataset, prepares them, and deals with those that cannot be read.
 
-    With `on_error="skip"` the next readable sample takes the place of a damaged one where one sample is asked for, as
+    With `on_error="skip"` another readable sample takes the place of a damaged one where one sample is asked for, as
     training does; where several are, as everything that goes over a split in order does, damaged ones are left out.
 
     Attributes:
@@ -74,7 +76,7 @@ class Reader(Dataset[dict[str, Any]]):
         return len(self.source)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        """Read one sample, or the next readable one in its place; see `read`."""
+        """Read one sample, or another readable one in its place; see `read`."""
         return self.read(index, self._next(index))
 
     def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Any]]:
@@ -125,9 +127,11 @@ class Reader(Dataset[dict[str, Any]]):
         return None, problem
 
     def _next(self, index: Any) -> Iterator[Any]:
-        """What takes the place of a sample: those after it."""
+        """What takes the place of a sample: others far from it, as files that lie side by side are damaged together."""
         if isinstance(index, int):
-            yield from ((index + step) % len(self) for step in range(1, len(self)))
+            count = len(self)
+            step = next(n for n in range(max(1, round(count * _GOLDEN)), count + 1) if math.gcd(n, count) == 1)
+            yield from ((index + attempt * step) % count for attempt in range(1, count))
 
     def _describe(self, index: Any, error: Exception) -> str:
         name = self.file_of(index) or _name(index)
