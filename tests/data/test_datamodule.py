@@ -174,9 +174,9 @@ def test_nothing_readable_stops_even_when_skipping():
 
 def test_many_damaged_files_side_by_side_do_not_stop_a_run():
     data = NumbersData({"train": 1000}, broken=range(600), batch_size=100, num_workers=0)
-    delivered = labels(data.probe_dataloader("train"))
+    delivered = labels(data.train_dataloader())
     assert len(delivered) == 1000 and min(delivered) >= 600
-    assert len(set(delivered[:600])) > 200, "the substitutes are many, not one"
+    assert sum(delivered.count(label) > 1 for label in range(600, 1000)) > 200, "the substitutes are many, not one"
 
 
 def test_mistakes_in_code_are_not_taken_for_damaged_files():
