@@ -211,6 +211,17 @@ def test_its_state_travels_in_the_checkpoint(tmp_path):
     assert other.state_dict() == guard.state_dict()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -3e38, 2.0])
+def test_the_largest_entry_of_every_gradient(dtype, value):
+    gradients = [torch.linspace(-1, 1, 33, dtype=dtype), torch.zeros(3, 40, dtype=dtype), torch.ones((), dtype=dtype)]
+    gradients[1][2, 7] = value
+    peaks = peaks_of(gradients, torch.device("cpu"))
+    wanted = torch.tensor([1.0, abs(gradients[1][2, 7].float()), 1.0])
+    torch.testing.assert_close(peaks, wanted, equal_nan=True, rtol=0, atol=0)
+    assert peaks_of([], torch.device("cpu")).shape == (0,)
+
+
 def test_spikes_are_far_above_what_is_usual():
     detector = SpikeDetector(10.0)
     assert not any(detector.is_spike(1.0 + 0.01 * (i % 7)) for i in range(32))

@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from xscale_lightning.callbacks import preemption
+from xscale_lightning.callbacks.geometry import FeatureGeometry
+from xscale_lightning.callbacks.saving import CheckpointFiles
 from xscale_lightning.callbacks.trace import Trace, read_rows
 from xscale_lightning.data.samplers import begin_worker
 from xscale_lightning.errors import Stopped
@@ -77,6 +79,54 @@ def test_a_signal_while_validating_waits_for_its_end(command, monkeypatch):
     monkeypatch.undo()
     state = torch.load(next(command.output.rglob("last.ckpt")), weights_only=True)
     assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("when", ["step 0", "writing"])
+def test_a_signal_while_step_0_is_measured_or_a_checkpoint_written(command, monkeypatch, capfd, when, number):
+    """It waits for the next optimizer step; the checkpoint that was being written is whole."""
+    assert command.fit(name="straight") == 0
+    for run in command.runs():
+        run.rename(command.folder / "straight")
+    sent, saved = [], []
+
+    def send() -> None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    real_probe, real_save = FeatureGeometry.probe, CheckpointFiles.save_checkpoint
+
+    def probe(self, trainer, pl_module):
+        send()
+        return real_probe(self, trainer, pl_module)
+
+    class Sends:
+        """Plain content that is asked for while it is written."""
+
+        def __reduce__(self):
+            send()
+            return str, ()
+
+    def save(self, checkpoint, path, storage_options=None):
+        saved.append(path)
+        content = {**checkpoint, "sends": Sends()} if len(saved) == 3 else checkpoint
+        real_save(self, content, path, storage_options)
+        assert path.stat().st_size if isinstance(path, Path) else os.path.getsize(path)
+
+    with monkeypatch.context() as patch:
+        if when == "step 0":
+            patch.setattr(FeatureGeometry, "probe", probe)
+        else:
+            patch.setattr(CheckpointFiles, "save_checkpoint", save)
+        assert command.fit() == (130 if number == signal.SIGINT else 75)
+    assert sent and "Traceback" not in capfd.readouterr().err
+    (run,) = command.runs()
+    done = 1 if when == "step 0" else 4
+    assert len(command.rows()) == done
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == done
+    assert command.fit(*LAST) == 0
+    assert command.rows() == command.rows("straight")
 
 
 @pytest.mark.parametrize("full", [False, True])

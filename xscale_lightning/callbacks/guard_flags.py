@@ -1,6 +1,5 @@
 """Is a step finite? Computed on the device, agreed on by all processes, and read without waiting for the device."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +62,7 @@ class Outcome:
     losses: list[float]
     """Of this process's micro-batches."""
     peaks: list[float]
-    """Bound of the absolute entries of every gradient; NaN or infinite where one is not finite."""
+    """Largest absolute entry of every gradient; NaN or infinite where it is not finite."""
 
 
 def local_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
@@ -80,19 +79,17 @@ def local_gradients(module: nn.Module) -> tuple[list[str], list[Tensor]]:
 
 
 def peaks_of(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """`[P]` float32 on `device`: no gradient has a larger absolute entry than its number, in a few fused kernels.
+    """Largest absolute entry of every gradient `[P]` float32 on `device`; on a GPU in a few fused kernels.
 
-    NaN or infinite exactly where an entry is, also where the sum of squares would overflow: then the maximum is taken.
+    The maximum, not the sum of squares: it is NaN or infinite exactly where an entry is, and does not overflow. On a
+    CPU torch's maximum norm takes 16 times as long as smallest and largest entry (2.8 and 0.17 ns per number).
     """
     if not gradients:
         return torch.zeros(0, device=device)
-    if device.type == "cpu" and (norms := _norms(gradients, 2.0)).isfinite().all():
-        return norms  # a CPU sums squares ten times faster than it compares
-    return _norms(gradients, math.inf).to(device)
-
-
-def _norms(gradients: Sequence[Tensor], order: float) -> Tensor:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients), order)])
+    if all(gradient.device.type == "cpu" for gradient in gradients):
+        ends = [end.float() for gradient in gradients for end in torch.aminmax(gradient)]
+        return torch.stack(ends).view(-1, 2).abs().amax(1).to(device)
+    return torch.stack([n.float() for n in torch._foreach_norm(list(gradients), float("inf"))]).to(device)
 
 
 def agree(flags: Tensor) -> Tensor:
