@@ -41,6 +41,7 @@ SAYS = {
     "data": "batches with image [B, C, H, W] in raw units and gsd [B]; bands; everything that reads files",
     "opening": "files of strangers: nothing in them is run, and their claims are checked first",
     "files": "whole or not at all",
+    "places": "names until then",
     "locks": "one process per folder",
     "unwritten": "what could not be written",
     "seeds": "of whole numbers",

@@ -233,7 +233,7 @@ def load_method(path: str | Path) -> "SSLModule":
     try:
         problem = _difference(checkpoint["state_dict"], _shapes(cls, arguments))
         if not problem:
-            module = build_method(cls, arguments)
+            module = build_method(cls, arguments, strange=True)
             module.load_state_dict(checkpoint["state_dict"])
             return module.eval()
     except UserError:
@@ -247,7 +247,7 @@ def _shapes(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> Mapping[str
     """Tensors that a method would have, without memory; None of a plug-in that needs some to be built."""
     try:
         with torch.device("meta"):
-            return build_method(cls, arguments).state_dict()
+            return build_method(cls, arguments, strange=True).state_dict()
     except (RuntimeError, NotImplementedError):
         if cls.__module__.split(".")[0] == __name__.split(".")[0]:
             raise
@@ -273,14 +273,18 @@ def _without_download(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, **fixed}
 
 
-def build_method(cls: type["SSLModule"], arguments: Mapping[str, Any]) -> "SSLModule":
+def build_method(cls: type["SSLModule"], arguments: Mapping[str, Any], strange: bool = False) -> "SSLModule":
     """A method of arguments in plain types, as they stand in configurations and checkpoints.
 
     Raises:
         ArgumentError: (argparse's) an argument that the method does not have, or of another type.
+        UserError: in a stranger's (`strange`) a text stands for a group of options, which would be read from that file.
     """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "method")
+    groups = {action.dest.split(".")[1] for action in parser._actions if action.dest.count(".") > 1} if strange else ()
+    if given := [name for name in groups if isinstance(arguments.get(name), str)]:
+        raise UserError(f"{cls.__name__}: {given[0]!r} is a text where options belong: it is not rebuilt.")
     return parser.instantiate(parser.parse_object({"method": dict(arguments)})).method

@@ -3,6 +3,9 @@
 import errno
 import re
 
+LINE = 1_000  # characters
+NAMES = (errno.ENAMETOOLONG, errno.ELOOP)  # what no file system takes for a name
+
 
 def printable(text: str) -> str:
     """Text with everything but printable characters and line ends escaped."""
@@ -53,6 +56,7 @@ def find_user_error(error: BaseException) -> UserError | None:
 def is_users(error: BaseException) -> bool:
     """Whether the user's input is at fault, as far as the exception's type tells."""
     foreign = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("yaml")
+    foreign = foreign or (isinstance(error, OSError) and error.errno in NAMES)
     return foreign or find_user_error(error) is not None
 
 
@@ -60,8 +64,15 @@ def describe(error: BaseException) -> str:
     """One or two lines that say what went wrong.
 
     A `UserError` raised in a worker process arrives with that process's traceback in its text: only its own last lines
-    are told. Exceptions that are not ours are named, because they may be a fault of the program.
+    are told. Exceptions that are not ours are named, because they may be a fault of the program. What is quoted in them
+    cannot steer a terminal either, and a line ends after a thousand characters.
     """
+    return "\n".join(
+        line if len(line) <= LINE else f"{line[:LINE]} ..." for line in printable(_words(error)).split("\n")
+    )
+
+
+def _words(error: BaseException) -> str:
     ours = find_user_error(error)
     text = str(ours or error).strip()
     if "Original Traceback" in text:
@@ -73,6 +84,8 @@ def describe(error: BaseException) -> str:
         return f"{lines[0]} Change the trainer options; `xscale doctor` shows the devices."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: {error.filename or 'the disk is full'}; make room and run it again."
+    if isinstance(error, OSError) and error.errno in NAMES:
+        return f"{error.strerror}: '{str(error.filename)[:100]}'; give the path of a file or folder."
     if type(error).__module__.startswith("yaml"):
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""

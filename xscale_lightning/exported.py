@@ -58,7 +58,7 @@ def read_export(folder: str | Path) -> Pretrained:
         raise UserError(f"{label}: its {CONFIG} has scaling {scaling!r} and image_size {image_size!r}.")
     problem = ""
     try:
-        backbone = build_config(own["backbone"])
+        backbone = build_config({**own["backbone"], "pretrained": False})  # the weights are here
         with torch.device("meta"):  # refused before memory is asked for, if it is not of these weights
             shapes = backbone.build(len(bands), bands.wavelengths).state_dict()
             wanted = sum(tensor.numel() for tensor in shapes.values())

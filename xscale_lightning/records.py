@@ -2,10 +2,12 @@
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from torch import Tensor
 
 from xscale_lightning.errors import UserError
@@ -19,7 +21,9 @@ OURS = "xscale_lightning"
 LIBRARIES = ("torchgeo", "lightning", "torch")  # whose classes a run's configuration may have
 # Arguments that say nothing of the sizes of tensors.
 WITHOUT_TENSORS = ("optimizer", "views", "test", "seed", "bands")
+TIMM_NAME = re.compile(r"timm:[A-Za-z0-9_.]{1,200}")
 ARGUMENTS, TEXT = 10_000, 1_000  # values of a method, and characters of each
+MOST_STEPS = 10**12  # no run gets there, and loggers count in 64 bits
 ROOM = 65_536  # a size may be at least this, as an image's in pixels
 # Type of a checkpoint's parts, as Lightning reads them when it resumes.
 STATE = {
@@ -45,7 +49,7 @@ def check_state(checkpoint: Mapping[str, Any], path: str) -> None:
         value = checkpoint.get(name)
         if value is not None and not (isinstance(value, kind) and not isinstance(value, bool)):
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {_short(value)}.")
-        if kind is int and value is not None and value < 0:
+        if kind is int and value is not None and not 0 <= value < MOST_STEPS:
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {value}.")
     state = checkpoint.get("state_dict") or {}
     for name, value in state.items():
@@ -169,13 +173,42 @@ def check_arguments(arguments: Mapping[str, Any], state: Mapping[str, Tensor], l
         last = key.rsplit(".", 1)[-1]
         if last in ("class_path", "host") and isinstance(value, str) and value not in (*BUILT_IN, *method_entries()):
             trusted_class(value, label)
-        if isinstance(value, str) and value.startswith("timm:local-dir"):
-            raise UserError(f"{label} names files outside of it, {value[:100]!r}: it is not rebuilt.")
+        if isinstance(value, str):
+            _check_text(last, value, label)
         if key.split(".")[0] in WITHOUT_TENSORS or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         most = len(state) if "depth" in last and last != "cube_depth" else max(numbers, ROOM)
         if math.isfinite(value) and abs(value) > most:
             raise UserError(f"{label} has {key} {value:g}, and its weights are of no such size: it is not rebuilt.")
+
+
+def _check_text(name: str, value: str, label: str) -> None:
+    """Refuse a text among arguments that a parser or a registry would follow: to a file, a module, a network.
+
+    Raises:
+        UserError: naming the text.
+    """
+    module, colon, _ = value.rpartition(":")
+    if value.startswith("timm:") and not TIMM_NAME.fullmatch(value):  # timm takes folders and addresses for names
+        raise UserError(f"{label} names files outside of it, {value[:100]!r}: it is not rebuilt.")
+    if name == "name" and colon and module != "timm" and not is_trusted(module):
+        raise UserError(
+            f"{label} names the backbone {value[:100]!r}, of no announced plug-in: it could run code.\n"
+            "If it is yours, name it with --method, announce a method beside it (entry point), or import it."
+        )
+    if name != "init_from" and isinstance(read_text(value), (dict, list)):
+        raise UserError(f"{label} has the text {value[:60]!r} where options belong: it is not rebuilt.")
+
+
+def read_text(text: str) -> Any:
+    """What a parser of options makes of a text: itself, where it is no YAML or far longer than an option."""
+    if len(text) > TEXT:
+        return text
+    try:
+        check_yaml(text)
+        return yaml.safe_load(text)
+    except (UserError, yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,17 +16,21 @@ class Parser(argparse.ArgumentParser):
 
     def add_method_option(self) -> None:
         """Add `--method`, which names the class of a checkpoint's method where no installed package announces it."""
-        text = "class of CKPT's method, package.module.Class, if no installed package announces it as a plug-in"
+        text = "class of CKPT's method, package.module.Class, or backbone, package.module:NAME, of your own"
         self.add_argument("--method", metavar="CLASS", help=text)
 
 
 def import_method(name: str | None) -> None:
-    """Import the class of `--method`: a checkpoint may only name classes that the user knows of.
+    """Import the class, or the module of the backbone, of `--method`: a checkpoint names only what the user knows of.
 
     Raises:
         UserError: it cannot be imported, or is no method.
     """
-    if name is not None:
+    if name is not None and ":" in name:
+        from xscale_lightning.models.registry import import_backbone
+
+        import_backbone(name)
+    elif name is not None:
         from xscale_lightning.methods.discovery import load_class
 
         load_class(name)

@@ -137,16 +137,17 @@ def _read_folder(
 
 
 def _read_image(path: Path, taken: list[int] | None, delivered: int) -> tuple[np.ndarray, float | None]:
-    import rasterio
     from rasterio.errors import RasterioIOError
 
+    from xscale_lightning.data.geotiff import UnreadableFile, open_raster
+
     try:
-        with rasterio.open(path) as source:
+        with open_raster(str(path)) as source:
             pixels, crs = source.read(), source.crs
             gsd = None
             if crs is not None and crs.is_projected:
                 gsd = (source.res[0] * source.res[1]) ** 0.5 * crs.linear_units_factor[1]
-    except RasterioIOError as error:
+    except (RasterioIOError, UnreadableFile) as error:
         raise UserError(f"data: '{path}' is not readable ({error}).") from error
     if len(pixels) != delivered:
         raise UserError(

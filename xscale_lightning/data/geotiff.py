@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from xscale_lightning.data import raster_guard
 from xscale_lightning.data.damage import without_path
 from xscale_lightning.data.ground import metres_per_pixel
 from xscale_lightning.data.soundness import implausible, turned, unwritten
@@ -127,17 +128,25 @@ def open_raster(path: str) -> Any:
     """Open a raster, with or without georeference.
 
     Raises:
-        UnreadableFile: if it cannot be opened.
+        UnreadableFile: if it cannot be opened, would lead elsewhere, or claims more than it can hold.
     """
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+    length, problem = raster_guard.look(path)
+    if problem:
+        raise UnreadableFile(path, problem)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            return rasterio.open(path)
+            source = rasterio.open(path)
     except RasterioError as error:
         raise UnreadableFile(path, f"cannot be opened as a raster ({_first_line(error, path)})") from None
+    item = np.result_type(*source.dtypes).itemsize
+    if problem := raster_guard.claims_too_much(source.width, source.height, source.count, item, length):
+        source.close()
+        raise UnreadableFile(path, problem)
+    return source
 
 
 def _masked_bands(source: Any) -> list[bool]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from xscale_lightning.data.datamodule import check_folder
+from xscale_lightning.data.raster_guard import claims_too_much
 from xscale_lightning.data.soundness import implausible, unwritten
 from xscale_lightning.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png")
 GEOTIFFS = (".tif", ".tiff")
+MAX_BYTES = 500_000_000  # of a file that holds one labelled image
 REMEDY = "give a folder (or zip file) with one sub-folder of images per class."
 
 
@@ -54,14 +56,17 @@ class FileStore:
         """Content of one file.
 
         Raises:
-            OSError: it cannot be read, or is a folder, a pipe or a device, whose content has no end.
+            OSError: it is none, or far larger than an image that is read as a whole.
         """
         if os.path.isdir(self.root):
             place = Path(self.root, path)
-            if place.exists() and not place.is_file():
-                raise OSError("it is no file")
+            if not place.is_file():
+                raise OSError("it is no file but a folder, a pipe or a device")
+            _check_length(place.stat().st_size)
             return place.read_bytes()
-        return self._open().read(path)
+        archive = self._open()
+        _check_length(archive.getinfo(path).file_size)
+        return archive.read(path)
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None or self._archive[0] != os.getpid():
@@ -88,7 +93,15 @@ def open_content(path: str, content: bytes) -> Iterator[Any]:
         raise OSError("the file is empty (0 bytes)")
     name = os.path.basename(path)
     with rasterio.MemoryFile(content, filename=name) as memory, memory.open(driver="GTiff") as source:
+        item = np.result_type(*source.dtypes).itemsize
+        if problem := claims_too_much(source.width, source.height, source.count, item, len(content)):
+            raise OSError(problem)
         yield source
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_BYTES:
+        raise OSError(f"it has {length} bytes, far more than an image that is read as a whole")
 
 
 def decode(path: str, content: bytes) -> tuple[Tensor, float | None]:

@@ -144,10 +144,7 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
         if changed:
             raise UserError(f"backbone {name!r} brings its own {changed[0]}: leave this option out.")
         return TimmViT(name[5:], in_chans, config.pretrained, config.drop_path, config.pool)
-    module, colon, own = name.rpartition(":")
-    if colon:
-        _import(module, name)
-        name = own
+    name = import_backbone(name)
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=3) or list(_FACTORIES)[:3]
         raise UserError(f"unknown backbone {name!r}: did you mean {', '.join(near)}? `xscale backbones` lists all.")
@@ -156,10 +153,18 @@ def create_backbone(name: str, in_chans: int, **options: object) -> Encoder:
     return _FACTORIES[name](in_chans, config)
 
 
-def _import(module: str, name: str) -> None:
+def import_backbone(name: str) -> str:
+    """Import the module before the colon of a name, if it has one; returns the name after it.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module, colon, own = name.rpartition(":")
+    if not colon:
+        return name
     try:
         importlib.import_module(module)
-        return
+        return own
     except ImportError as error:
         reason = str(error)
     raise UserError(f"backbone {name!r}: module {module!r} cannot be imported ({reason}): is its folder on PYTHONPATH?")
