@@ -96,7 +96,7 @@ def fault(case: Case, code: int, text: str, output: Path) -> str:
     words |= {word.replace("_", " ") for word in words}
     if not any(word in message for word in words):
         return f"names none of {sorted(words)}: {message[:300]}"
-    return f"something was written: {message[:200]}" if output.exists() else ""
+    return f"something was written: {message[:200]}" if output.exists() and any(output.iterdir()) else ""
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def main(folder: Path, seconds: float, seed: int) -> int:
         slowest = sorted([*slowest, (round(time.time() - begun, 2), str(case))], reverse=True)[:10]
         if not found and (left := list(elsewhere.iterdir())):
             found = f"wrote {left[0].name} into the working directory"
-            shutil.rmtree(left[0], ignore_errors=True)
+            shutil.rmtree(left[0]) if left[0].is_dir() else left[0].unlink()
         kinds[kind], methods[case.method], data[case.data] = (
             kinds[kind] + 1,
             methods[case.method] + 1,

@@ -57,7 +57,16 @@ def is_users(error: BaseException) -> bool:
     """Whether the user's input is at fault, as far as the exception's type tells."""
     foreign = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("yaml")
     foreign = foreign or (isinstance(error, OSError) and error.errno in NAMES)
-    return foreign or find_user_error(error) is not None
+    return foreign or lightnings(error) or find_user_error(error) is not None
+
+
+def lightnings(error: BaseException) -> bool:
+    """Whether the Trainer itself refuses a value: its words name the option."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return isinstance(error, ValueError) and place.startswith(("lightning.pytorch.trainer", "lightning.pytorch.loops"))
 
 
 def describe(error: BaseException) -> str:
@@ -82,6 +91,8 @@ def _words(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(no message)"]
     if type(error).__name__ == "MisconfigurationException":
         return f"{lines[0]} Change the trainer options; `xscale doctor` shows the devices."
+    if lightnings(error):
+        return f"trainer: {lines[0]}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: {error.filename or 'the disk is full'}; make room and run it again."
     if isinstance(error, OSError) and error.errno in NAMES:

@@ -15,6 +15,7 @@ from torch import Tensor
 from xscale_lightning.errors import UserError
 
 Sampler = Literal["packed", "balanced", "legacy"]
+MOST = 1024  # blocks of an image: no grid has room for more
 TRIES = 20  # places of a context that are tried before it may overlap one target more; published code
 
 
@@ -101,8 +102,8 @@ class BlockMasks:
     def __post_init__(self) -> None:
         """Refuse values that make no blocks."""
         for name in ("contexts", "targets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"masks.{name} must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"masks.{name} must be in [1, {MOST}], got {getattr(self, name)}.")
         for name in ("context_scale", "target_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:

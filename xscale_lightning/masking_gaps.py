@@ -20,7 +20,7 @@ def gap_grid(height: int, width: int, patch: int, gap: int) -> tuple[int, int]:
     if min(height, width) < cell:
         raise UserError(
             f"an image of {height} x {width} pixels has no room for a patch of {patch} pixels and a gap of {gap}: "
-            f"take at least {cell} pixels a side, a smaller patch_size or a smaller gap."
+            f"take an image_size of at least {cell} pixels a side, a smaller patch_size or a smaller gap."
         )
     return height // cell, width // cell
 

@@ -135,7 +135,7 @@ def locate(path: str | Path) -> Path:
     if not found:
         raise UserError(
             f"folder '{path}' holds neither a checkpoint (.ckpt, checkpoints/*.ckpt) nor an export "
-            f"({CONFIG} and {WEIGHTS}): give the folder of a run, of an export, or a file."
+            f"({CONFIG} and {WEIGHTS}): give init_from, or SOURCE, the folder of a run, of an export, or a file."
         )
     last = [file for file in found if file.name.startswith("last")]
     if len(last or found) == 1:

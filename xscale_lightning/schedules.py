@@ -74,7 +74,7 @@ class Schedule:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"a schedule's {name} must be finite, got {getattr(self, name)}.")
         if self.kind == "constant" and self.start != self.end:
-            raise UserError(f"a constant schedule has one value, got start {self.start} and end {self.end}.")
+            raise UserError(f"kind: a constant schedule has one value, got start {self.start} and end {self.end}.")
 
     def __call__(self, step: int, total: int) -> float:
         """Value at optimizer step `step` of `total`."""

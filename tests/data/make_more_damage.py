@@ -173,7 +173,7 @@ def archive(path, rng):
 OUTCOMES: dict[str, tuple] = {
     # Flipped bits of pixels themselves can be seen by nobody.
     "header": (header, SPOILT | UNLIKE | {None}), "directory": (directory, SPOILT | UNLIKE | {None}),
-    "offsets": (offsets, SPOILT | {"size"}), "squeezed": (squeezed, {"truncated", None}),
+    "offsets": (offsets, SPOILT | {"size"}), "squeezed": (squeezed, {"truncated", "statistics", None}),
     "anywhere": (anywhere, SPOILT | UNLIKE | {None}), "zeros": (zeros, {"no image"}), "noise": (noise, {"no image"}),
     "folder": (folder, {"unreadable", "absent"}), "ring": (ring, {"missing"}), "pipe": (pipe, {"unreadable"}),
     "device": (device, {"unreadable"}), "wide": (wide, SPOILT), "tall": (tall, SPOILT),

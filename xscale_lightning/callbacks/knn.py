@@ -104,8 +104,8 @@ class OnlineKNN(LabelledProbe):
         count = len(training) if hasattr(training, "__len__") else None  # type: ignore[arg-type]
         if count is not None and count < self.k:
             raise UserError(
-                f"OnlineKNN.k: {self.k} neighbours asked for, and {data.name} has {count} training samples; give at "
-                "most that many."
+                f"OnlineKNN.k: {self.k} neighbours asked for, and {data.name} has {count} training samples "
+                "(samples_per_epoch, or the files); give at most that many."
             )
         self._sizes(pl_module)
 

@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch.nn.modules import module as hooks
@@ -19,6 +19,7 @@ MAX_MODULES = 100_000  # layers of one model; the largest published encoders hav
 COPIES = 4  # of the parameters in training: themselves, gradients, two moments of AdamW
 LARGE = 10**5  # a number from here on is told as unusual
 MAX_WORKERS = 1024
+MAX_BATCH = 2**31 - 1  # samples; libraries count them in 64 bits, tensors' elements too
 _SHOWN = 3
 
 
@@ -97,8 +98,22 @@ def check_groups(config: Any) -> None:
             value = arguments.get(key) if arguments is not None else None
             if isinstance(value, (int, float, str, list)) and all(map(_is_group, options)):
                 raise UserError(f"{section}.{key}: {value!r} is not possible; give its fields, by name.")
-            if arguments is not None and key in arguments and value is None and hint in (int, float, str, bool):
-                raise UserError(f"{section}.{key}: null is not possible; give a value of type {hint.__name__}.")
+            if arguments is not None and key in arguments:
+                _check_null(value, hint, f"{section}.{key}")
+
+
+def _check_null(value: Any, hint: Any, name: str) -> None:
+    """Refuse null where the type has none, in the fields of a group too."""
+    options = get_args(hint) or (hint,)
+    if value is None and hint is not Any and type(None) not in options and get_origin(hint) is not Literal:
+        raise UserError(f"{name}: null is not possible; give a value of type {getattr(hint, '__name__', hint)}.")
+    groups = [option for option in options if isinstance(option, type) and is_dataclass(option)]
+    if value is None or not hasattr(value, "keys"):
+        return
+    for group in groups:
+        for key, part in get_type_hints(group).items():
+            if key in value.keys():  # noqa: SIM118 (a Namespace has no other)
+                _check_null(value[key], part, f"{name}.{key}")
 
 
 def _hints(owner: type) -> dict[str, Any]:
@@ -164,6 +179,8 @@ def check_trainer(config: Any) -> None:
     Raises:
         UserError: naming the option.
     """
+    if config.get("ckpt_path") == "":
+        raise UserError("--ckpt_path: '' is no file; give a checkpoint, or last.")
     clip, every, precision = (
         config.trainer.get(name) for name in ("gradient_clip_val", "check_val_every_n_epoch", "precision")
     )
@@ -179,8 +196,12 @@ def check_trainer(config: Any) -> None:
         )
 
 
-def check_batch(data: Any) -> None:
+def check_batch(data: Any, view: int | None = None) -> None:
     """Refuse batches that do not fit into memory, and more worker processes than any machine has use for.
+
+    Args:
+        data: the data module, set up.
+        view: `views.size` of the model.
 
     Raises:
         UserError: naming the argument.
@@ -188,6 +209,8 @@ def check_batch(data: Any) -> None:
     workers = getattr(data, "num_workers", 0)
     if workers > MAX_WORKERS:
         raise UserError(f"data.num_workers: {workers} is not possible; give at most {MAX_WORKERS}.")
+    if data.batch_size > MAX_BATCH:
+        raise UserError(f"data.batch_size: {data.batch_size} is not possible; give at most {MAX_BATCH}.")
     height, width = getattr(data, "image_size", None) or (0, 0)
     count = data.batch_size
     with contextlib.suppress(TypeError, KeyError, AttributeError, OverflowError):
@@ -198,4 +221,9 @@ def check_batch(data: Any) -> None:
             f"data.batch_size: {count} images of {height} x {width} pixels and {len(data.bands)} bands take "
             f"{size / 2**30:.3g} GiB, and there are {limit / 2**30:.3g} GiB: lower data.batch_size or data.image_size "
             "(image_height, image_width)."
+        )
+    if view is not None and count * len(data.bands) * view * view * 4 > limit:
+        raise UserError(
+            f"model.views.size: {count} views of {view} x {view} pixels do not fit into {limit / 2**30:.3g} GiB: "
+            "lower model.views.size or data.batch_size."
         )

@@ -69,6 +69,9 @@ def import_methods() -> None:
             rank_zero_warn(str(error))
 
 
+UNKNOWN = "unknown option"
+
+
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are short `UserError`s and which takes no abbreviated options."""
 
@@ -85,12 +88,20 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the user's error inside `ex`, or the parser's message made short, as a `UserError`."""
         ours = find_user_error(ex) if ex is not None else None
+        if ours is not None and (key := _key_of(message)) and str(ours).startswith(UNKNOWN):
+            ours.args = (f"{key}: {ours}",)  # the innermost is told, and it does not know where it stands
         raise ours or UserError(concise(message, sorted(set(self._known())))) from ex
 
     def _known(self) -> Iterator[str]:
         yield from (action.dest for action in self._actions)
         for parser in self._subcommands_action.choices.values() if self._subcommands_action else ():
             yield from (action.dest for action in parser._actions)
+
+
+def _key_of(message: str) -> str:
+    """Key in which a part could not be parsed; "" for a whole section, which the part's own names lie in."""
+    found = re.search(r"Parser key \"([\w.]+)\"", message)
+    return found.group(1) if found and found.group(1) not in BASES else ""
 
 
 def concise(message: str, options: list[str]) -> str:
@@ -103,7 +114,8 @@ def concise(message: str, options: list[str]) -> str:
     flat = re.sub(r"\s+", " ", message).strip()
     if found := re.search(r"(?:unrecognized arguments: -*|Option '|does not accept option ')([\w.\-]+)", flat, re.I):
         name = found.group(1)
-        return f"unknown option {name!r}: {_hint(name, options)}"
+        group = re.search(r"Group '([\w.]+)' does not accept", flat)
+        return f"{UNKNOWN} {f'{group.group(1)}.{name}' if group else name!r}: {_hint(name, options)}"
     if found := re.search(r"Parser key \"(model|data|knn\.data|dense\.data)\".*Given value: (\S+)$", flat):
         key, value = found.groups()
         names = [cls.__name__ for cls in _subclasses(BASES[key.rsplit(".", 1)[-1]])]

@@ -134,7 +134,7 @@ class CLI(LightningCLI):
         seed, accumulate = config.get("seed_everything"), config.trainer.accumulate_grad_batches
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be in [0, 2^32), got {seed}.")
-        if accumulate < 1:
+        if accumulate is None or accumulate < 1:
             raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}.")
         check_trainer(config)
 
@@ -192,7 +192,7 @@ class CLI(LightningCLI):
         """Refuse data or a checkpoint that the model cannot take, before anything is written."""
         if not self.datamodule.downloads:
             self.datamodule.setup(self.subcommand)  # Lightning makes the run folder before it opens the data
-            check_batch(self.datamodule)
+            check_batch(self.datamodule, self.model.views.size)
         self.model.check_data(self.datamodule, fitting=self.subcommand == "fit")
         path = self.checkpoint
         if path and path not in ("best", "hpc", "registry"):

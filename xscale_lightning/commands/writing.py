@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from xscale_lightning.callbacks.event_log import protect_loggers
 from xscale_lightning.callbacks.saving import use_checkpoint_files
-from xscale_lightning.errors import UserError
+from xscale_lightning.errors import UserError, is_users
 from xscale_lightning.locks import held
 from xscale_lightning.places import PART
 
@@ -32,10 +33,29 @@ def writing(trainer: Trainer, resumed: Path | None, checkpoint: str | None) -> I
     folder = own_folder(trainer) if rank_zero_only.rank == 0 else None
     if folder is not None and not goes_on(folder, resumed, checkpoint):
         check_unused(folder)
-    with held(folder, "run folder"):
-        for part in folder.rglob(f".*{PART}") if folder is not None else ():  # of a process that was killed
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        yield
+    fresh = folder is not None and folder.is_dir() and not any(folder.iterdir())
+    try:
+        with held(folder, "run folder"):
+            for part in folder.rglob(f".*{PART}") if folder is not None else ():  # of a process that was killed
+                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            yield
+    except Exception as error:
+        if folder is not None and fresh and is_users(error) and not begun(trainer):
+            take_back(folder)
+        raise
+
+
+def begun(trainer: Trainer) -> bool:
+    """Whether anything was trained or evaluated; a callback or the Trainer itself may refuse a run before that."""
+    return trainer.state.fn != TrainerFn.FITTING or trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0
+
+
+def take_back(folder: Path) -> None:
+    """Remove the folder of a run that was refused, and those above it that hold nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def own_folder(trainer: Trainer) -> Path | None:

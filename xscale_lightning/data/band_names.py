@@ -24,7 +24,7 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}, ..., {names[-1]} ({len(names)} in all)"
 
 
-def match_names(names: Sequence[str], available: Sequence[str], owner: str) -> list[int]:
+def match_names(names: Sequence[str], available: Sequence[str], owner: str, argument: str = "bands") -> list[int]:
     """Index in `available` of every name; spelling as in `band_key` is forgiven.
 
     Raises:
@@ -35,7 +35,7 @@ def match_names(names: Sequence[str], available: Sequence[str], owner: str) -> l
     found = [exact.get(name, loose.get(band_key(name))) for name in names]
     missing = [name for name, i in zip(names, found, strict=True) if i is None]
     if missing:
-        raise UserError(f"bands.names: {owner} has no {listed(missing)}; it has {listed(available)}.")
+        raise UserError(f"{argument}.names: {owner} has no {listed(missing)}; it has {listed(available)}.")
     return [i for i in found if i is not None]
 
 

@@ -116,6 +116,8 @@ def folders(
     Raises:
         UserError: there is no such folder, or none with these files.
     """
+    if not all(files):
+        raise UserError("data.first, data.second and data.label: '' is no file name; give one.")
     remedy = f"give a folder with {', '.join(files)}, or one of such folders."
     check_folder("data.root", root, remedy)
     places = [place for place in (Path(root), *sorted(Path(root).iterdir())) if place.is_dir()]

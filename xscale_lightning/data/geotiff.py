@@ -186,7 +186,7 @@ def common_grid(rasters: Sequence[Raster], gsd: float | None) -> Grid:
     top = coarsest.top - math.ceil((coarsest.top - top) / coarsest.dy - _EPSILON) * coarsest.dy
     width, height = math.floor((right - left) / dx + _EPSILON), math.floor((top - bottom) / dy + _EPSILON)
     if width < 1 or height < 1:
-        raise UnreadableFile(first.path, "its bands do not cover a common area")
+        raise UnreadableFile(first.path, f"its bands share no area of a pixel of {gsd or native:g} m (gsd)")
     nesting = Fraction(dx / coarsest.dx).limit_denominator(MAX_SNAP)
     nested = abs(float(nesting) - dx / coarsest.dx) * max(width, height) < 0.01
     return Grid(left, top, dx, dy, width, height, nesting.denominator if nested else 1, gsd or native)

@@ -60,7 +60,7 @@ class FileStore:
         """
         if os.path.isdir(self.root):
             place = Path(self.root, path)
-            if not place.is_file():
+            if place.exists() and not place.is_file():
                 raise OSError("it is no file but a folder, a pipe or a device")
             _check_length(place.stat().st_size)
             return place.read_bytes()

@@ -183,17 +183,18 @@ class MaskFolder(SceneFolder):
         """Open the mask of an image.
 
         Raises:
-            UnreadableFile: if it cannot be read.
-            UserError: if it does not lie on the image's pixels, or holds a value that is no class.
+            UnreadableFile: if it cannot be read, or does not lie on the image's pixels.
+            UserError: if it holds a value that is no class.
         """
         path, image = self._mask_files[scene.name], scene.sources[0].raster
         raster, grid = inspect(path), scene.grid
         if len(raster.descriptions) != 1:
-            raise UserError(f"masks: {path} has {len(raster.descriptions)} bands; give class values in one band.")
+            raise UnreadableFile(path, f"the mask has {len(raster.descriptions)} bands; give class values in one band")
         if (raster.height, raster.width) != (grid.height, grid.width):
-            raise UserError(
-                f"masks: {path} has {raster.height} x {raster.width} pixels, its image {image.path} "
-                f"{grid.height} x {grid.width}; both must have the same (with data.gsd null, where images say theirs)."
+            raise UnreadableFile(
+                path,
+                f"the mask has {raster.height} x {raster.width} pixels, its image {image.path} "
+                f"{grid.height} x {grid.width}; both must have the same (with data.gsd null, where images say theirs)",
             )
         if raster.crs and image.crs:
             apart = max(abs(raster.left - grid.left) / grid.dx, abs(raster.top - grid.top) / grid.dy)
@@ -201,7 +202,7 @@ class MaskFolder(SceneFolder):
                 how = (
                     f"{apart:.3g} pixels beside it" if raster.crs == image.crs else f"in {raster.crs}, not {image.crs}"
                 )
-                raise UserError(f"masks: {path} does not lie on its image {image.path} but {how}; bring them together.")
+                raise UnreadableFile(path, f"the mask does not lie on its image {image.path} but {how}")
         own = common_grid([raster], grid.gsd if raster.metres is None else None)
         mask = Scene(scene.name, [Source(raster, 1)], own, self._mask_reader)
         if scene.held is not None:

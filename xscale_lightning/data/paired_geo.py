@@ -99,7 +99,7 @@ class PairedGeo(PairedFolders):
         argument = "data.root_hr" if fine else "data.root"
         dataset = sources.build(factory, owner, root, False, windows=True, argument=argument)
         names = channels or describe.band_names(dataset) or list(bands.names)
-        chosen = match_names(bands.names, names, owner)
+        chosen = match_names(bands.names, names, owner, "bands_hr" if fine else "bands")
         tiles = tiles_of(dataset, names, owner)
         reader = GeoReader(dataset, tiles, self._nodata, owner)
         if fine:

@@ -172,7 +172,7 @@ def find_scenes(
         name: bands for name, bands in scenes.items() if name not in complete and any(k in bands for k in keys)
     }
     if not complete:
-        problem = _no_scene(root, wanted, found, unnamed, file_bands, orders)
+        problem = _no_scene(root, wanted, found, unnamed, file_bands, orders, argument)
         raise UserError(_name_damaged(root, left_out, problem) if left_out else problem)
     for order, count in assumed.items():
         text = (
@@ -192,6 +192,7 @@ def _no_scene(
     unnamed: set[int],
     file_bands: Sequence[str] | None,
     orders: Sequence[Sequence[str]],
+    argument: str,
 ) -> str:
     """Say why not a single scene can be used; empty where no file could be read."""
     missing = [name for name in wanted if band_key(name) not in found]
@@ -200,8 +201,9 @@ def _no_scene(
     if not found:
         counts = ", ".join(str(count) for count in sorted(unnamed))
         if file_bands is not None:
+            name = argument.replace("root", "file_bands")
             return (
-                f"data.file_bands: {len(file_bands)} names, but the files in '{root}' have {counts} bands each; "
+                f"data.{name}: {len(file_bands)} names, but the files in '{root}' have {counts} bands each; "
                 "name every band of a file, in the files' order."
             )
         expected = " or ".join(dict.fromkeys(str(len(order)) for order in orders))

@@ -125,3 +125,9 @@ def _guarded(
     except OSError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{argument}: '{folder}' holds no usable {name} data ({reason}); {remedy}") from error
+    except AssertionError as error:  # how TorchGeo refuses an argument
+        reason = " ".join(str(error).split())[:160] or "it does not say why"
+        raise UserError(
+            f"data: {name} refuses what it is given ({reason}); see data.splits, data.split_argument and the arguments "
+            "of data.dataset."
+        ) from error

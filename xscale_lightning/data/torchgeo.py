@@ -116,7 +116,10 @@ class TorchGeoData(WrappedData):
         from_training = split == "val" and self._holdout > 0
         wanted = "train" if from_training else split
         options: dict[str, Any] = {}
-        if self._split_argument is not None and self._split_argument in sources.arguments(self._dataset):
+        known = sources.arguments(self._dataset)
+        if self._split_argument not in (None, "split", *known):
+            raise UserError(f"data.split_argument: {self.name} has no argument '{self._split_argument}'; name its own.")
+        if self._split_argument is not None and self._split_argument in known:
             options[self._split_argument] = names[wanted]
         elif wanted != "train":
             return None

@@ -68,6 +68,7 @@ def affinity_figure(rows: Sequence[AffinityRow], title: str = "", gsd: Sequence[
     """
     height, width = cell_size(*rows[0].pictures[1].shape[-2:])
     lowest = min(float(values.min()) for row in rows for values in row.maps)
+    lowest = lowest if math.isfinite(lowest) else -1.0  # of a run whose weights are no longer finite
     low = max(-1.0, math.floor(lowest * 20 - 1e-6) / 20)  # whole twentieths; 1 is always the upper end
     top, step = MARGIN + 28 + LINE, height + LINE + GAP
     sheet = Sheet(2 * MARGIN + len(COLUMNS) * (width + GAP) - GAP, top + len(rows) * step + 62 + MARGIN)

@@ -90,9 +90,10 @@ class CrossScaleMAE(SSLModule):
         check_plane(self.backbone, "Cross-Scale MAE")
         self.weights = (reconstruction_weight, prediction_weight, contrastive_weight)
         if not all(0 <= weight < math.inf for weight in self.weights):
-            raise UserError(f"the loss weights must be finite and not negative, got {self.weights}.")
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature must be finite and above 0, got {temperature}.")
+            names = "reconstruction_weight, prediction_weight, contrastive_weight"
+            raise UserError(f"{names} must be finite and not negative, got {self.weights}.")
+        if not 1e-6 <= temperature < math.inf:
+            raise UserError(f"temperature must be finite and at least 1e-6, got {temperature}.")
         _check_sizes(decoder_dim=decoder_dim, decoder_heads=decoder_heads, predictor_dim=predictor_dim)
         self.recipe, self.scale_view = recipe, scale_view
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss

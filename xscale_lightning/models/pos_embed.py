@@ -27,6 +27,16 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def check_width(dim: int) -> None:
+    """Refuse a width that sine and cosine of two coordinates do not fill.
+
+    Raises:
+        UserError: it is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"sin-cos positions need a width (backbone.dim) that is a multiple of 4, got {dim}.")
+
+
 def sincos_2d(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
     """2-D sin-cos table: the column coordinate fills the first half of the channels, the row coordinate the second.
 
@@ -43,8 +53,7 @@ def sincos_2d(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
     Raises:
         UserError: `dim` is not a multiple of 4.
     """
-    if dim % 4:
-        raise UserError(f"sin-cos positions need a width that is a multiple of 4, got {dim}: choose another width.")
+    check_width(dim)
     height, width = rows.shape[-1], columns.shape[-1]
     x = sincos_1d(columns, dim // 2).unsqueeze(-3).expand(*columns.shape[:-1], height, width, dim // 2)
     y = sincos_1d(rows, dim // 2).unsqueeze(-2).expand(*rows.shape[:-1], height, width, dim // 2)

@@ -39,9 +39,10 @@ def check_divides(patch: int, height: int, width: int) -> None:
     if height % patch or width % patch or not (height and width):
         smaller = tuple(max(patch, n // patch * patch) for n in (height, width))
         larger = tuple(-(-n // patch) * patch for n in (height, width))
+        sizes = dict.fromkeys(f"{high} x {wide}" for high, wide in (smaller, larger))
         raise UserError(
-            f"patch size {patch} does not divide the image of {height} x {width} pixels: "
-            f"use an image size of {smaller[0]} x {smaller[1]} or {larger[0]} x {larger[1]}, or another patch size."
+            f"patch size {patch} does not divide the image of {height} x {width} pixels: use an image size "
+            f"(image_size, or image_height and image_width) of {' or '.join(sizes)}, or another patch size."
         )
 
 

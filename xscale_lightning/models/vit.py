@@ -15,6 +15,7 @@ from xscale_lightning.models.pos_embed import (
     LearnedPositions,
     SinCosPositions,
     StretchedPositions,
+    check_width,
     resize_table,
     take_positions,
 )
@@ -36,6 +37,7 @@ def plane_positions(
     if position == "learned":
         check_divides(patch_size, *image_size)
         return LearnedPositions(dim, (image_size[0] // patch_size, image_size[1] // patch_size))
+    check_width(dim)
     if position == "gsd":
         return GSDPositions(dim, reference_gsd)
     return StretchedPositions(dim) if position == "stretched" else SinCosPositions(dim)
