@@ -95,8 +95,8 @@ def measure(method: str, size_name: str, device: torch.device, seconds: float, p
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    method = build(size, optimizer=OptimizerConfig(scale_lr=False))
-    trainer.fit(method, torch.utils.data.DataLoader(Same(batch), batch_size=None))
+    module = build(size, optimizer=OptimizerConfig(scale_lr=False))
+    trainer.fit(module, torch.utils.data.DataLoader(Same(batch), batch_size=None))
     on, off = turns.times[True], turns.times[False]
     return {
         "pairs": len(on),

@@ -120,8 +120,9 @@ def advice(error: OSError, remedy: str) -> str:
 
 def reason(error: OSError, path: str | os.PathLike[str]) -> str:
     """Words for an error of writing; where there is no room, with the room that is left."""
-    text = error.strerror or str(error).splitlines()[0]
-    return f"{text}: {size(free_space(path))} free" if is_full(error) else text
+    if error.errno is not None and is_full(error):  # libraries have words of their own
+        return f"{os.strerror(error.errno)}: {size(free_space(path))} free"
+    return error.strerror or str(error).splitlines()[0]
 
 
 def is_full(error: BaseException) -> bool:

@@ -30,8 +30,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def acquire(folder: Path, what: str = "folder") -> Path | None:
+def acquire(folder: Path, what: str = "folder", words: bool = True) -> Path | None:
     """Take a folder that exists for this process, which may take it again.
+
+    Args:
+        folder: what to take.
+        what: words for it in messages.
+        words: write into the lock file whose it is; an empty one takes no block of a disk that is nearly full.
 
     Returns:
         What to `release`; None where the file system has no locks.
@@ -48,10 +53,11 @@ def acquire(folder: Path, what: str = "folder") -> Path | None:
         return None
     if path in _HELD:  # somebody has removed the folder since
         os.close(_HELD.pop(path)[0])
-    words = " ".join(sys.argv[:2])[:80]
     with contextlib.suppress(OSError):  # a full disk: the lock holds without its words
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} ({words})\n".encode(), 0)
+        if words:
+            command = " ".join(sys.argv[:2])[:80]
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} ({command})\n".encode(), 0)
     _HELD[path] = [handle, 1]
     return path
 

@@ -52,7 +52,7 @@ def _own_folder(parent: Path, name: str) -> tuple[Path, Path | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=PART, dir=parent))
         with contextlib.suppress(UserError):  # another process takes it for one that was left, and removes it
-            lock = acquire(folder)
+            lock = acquire(folder, words=False)
             if folder.is_dir() and (lock is None or lock.is_file()):
                 return folder, lock
             release(lock)

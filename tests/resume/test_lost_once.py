@@ -30,17 +30,38 @@ def test_the_loss_of_the_last_validation_is_reported_by_a_run_that_went_on_after
     assert {"train/loss", "val/loss"} <= set(json.loads((run / "results.json").read_text())["losses"])
 
 
-def test_a_kill_during_the_last_measurement_does_not_lose_it(command):
-    class Gone(BaseException):
-        """The end of the process."""
+class Gone(BaseException):
+    """The end of the process."""
 
+
+def killed_at_the_last_measurement(command, **changes):
     def on_train_end(self, trainer, pl_module):
         raise Gone
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureGeometry, "on_train_end", on_train_end)
         with pytest.raises(Gone):
-            command.fit()
+            command.fit(**changes)
+
+
+@pytest.mark.parametrize("optimizer", ["fresh", "carry"])
+def test_a_kill_during_the_last_measurement_of_a_stage_does_not_lose_it(command, optimizer):
+    stages = [{"name": "one", "config": {"trainer": {"max_epochs": 1}}}, {"name": "two", "optimizer": optimizer}]
+    assert command.fit(name="straight", stages=stages) == 0
+    for run in command.runs():
+        run.rename(command.folder / "straight")
+    killed_at_the_last_measurement(command, stages=stages)
+    assert command.fit("--ckpt_path", "last", stages=stages) == 0
+    (run,) = command.runs()
+    folders = (run, command.folder / "straight")
+    ours, theirs = (json.loads((folder / "stage_1_one" / "results.json").read_text()) for folder in folders)
+    assert ours["status"] == "finished"
+    assert {k: v["last"] for k, v in ours["metrics"].items()} == {k: v["last"] for k, v in theirs["metrics"].items()}
+    assert command.rows() == command.rows("straight"), "the second stage begins with the same weights and moments"
+
+
+def test_a_kill_during_the_last_measurement_does_not_lose_it(command):
+    killed_at_the_last_measurement(command)
     assert command.fit("--ckpt_path", "last") == 0
     (run,) = command.runs()
     metrics = json.loads((run / "results.json").read_text())["metrics"]

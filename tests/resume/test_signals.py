@@ -67,15 +67,16 @@ def test_a_second_ctrl_c_ends_it_at_once(command, send):
     assert len(command.rows()) == 2, "the batch was finished first"
 
 
-def test_a_signal_while_validating_waits_for_its_end(command, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_validating_waits_for_its_end(command, monkeypatch, number, code):
     changes = {"checkpoint": {"minutes": None}, "trainer": {**command.config["trainer"], "val_check_interval": 2}}
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Trace, "on_validation_start", on_validation_start, raising=False)
-    assert command.fit(**changes) == 75 and len(command.rows()) == 2
+    assert command.fit(**changes) == code and len(command.rows()) == 2
     monkeypatch.undo()
     state = torch.load(next(command.output.rglob("last.ckpt")), weights_only=True)
     assert state["global_step"] == 2

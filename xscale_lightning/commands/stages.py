@@ -23,7 +23,7 @@ from xscale_lightning.callbacks.probe import is_sharded
 from xscale_lightning.commands.carry import CarryMoments, EndState, carry_weights, check_architecture, moments_by_name
 from xscale_lightning.commands.folders import logger_of
 from xscale_lightning.commands.optional_args import settle_optional_args
-from xscale_lightning.commands.resume import LAST, Found, find, first_stage, is_finished
+from xscale_lightning.commands.resume import LAST, Found, find, first_stage, is_finished, is_finished_run
 from xscale_lightning.commands.run_folder import RunFolder
 from xscale_lightning.commands.stage_options import ONE_FOR_ALL, StagedCommand, last_given, take_apart
 from xscale_lightning.commands.train import CLI, build, prepare
@@ -198,7 +198,9 @@ class StagedRun:
                 )
             if path is not None and index == start and index < last:
                 checkpoint, _ = checkpoints.read_metadata(path)
-                if is_finished(checkpoint, cli.trainer):
+                stay = self.begin is not None and self.begin.stay  # else its last figures are in another folder
+                done = not stay or is_finished_run(Path(path).parent.parent, {})
+                if done and is_finished(checkpoint, cli.trainer):
                     begin, end = index + 1, self._end_of(checkpoint, cli, index)
             configs[index] = self._config(cli, cli.config)
             before = cli
