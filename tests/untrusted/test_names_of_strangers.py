@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from xscale_lightning import checkpoints, exports
+from xscale_lightning import checkpoints, cli, exports
 from xscale_lightning.commands.arguments import import_method
 from xscale_lightning.data.bands import generic
 from xscale_lightning.errors import UserError, describe
@@ -133,3 +133,36 @@ def test_errors_that_are_not_ours_neither_steer_the_terminal_nor_fill_it():
         text = describe(error)
         assert len(text) < 2_000 and text.replace("\n", "").isprintable()
     assert os.strerror(36) in describe(OSError(36, os.strerror(36), "b" * 10**6))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: {class_path: os.system}\n", "os.system"),
+        (b"model: os.system\n", "os.system"),
+        (b"\xff\xfe\x00\x01", "no text"),
+        (b"trainer: {max_epochs: " + b"9" * 5_000 + b"}\n", "cannot be read"),
+    ],
+)
+def test_configurations_that_are_none(tmp_path, capsys, content, message):
+    (tmp_path / "x.yaml").write_bytes(content)
+    code = cli.main(["fit", "--config", str(tmp_path / "x.yaml"), "--output", str(tmp_path / "runs")])
+    text = capsys.readouterr().err
+    assert code == 2 and message in text and len(text.strip().splitlines()) <= 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "terabyte"])
+def test_configurations_without_end(tmp_path, capsys, kind):
+    path = tmp_path / "x.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    for words in (["stats", "--config", str(path)], ["doctor", "--config", str(path)],
+                  ["pack", "out", "--data", str(path)], ["bench", str(path)], ["sweep", str(path)]):  # fmt: skip
+        assert cli.main(words) == 2, words
+        assert len(capsys.readouterr().err.strip().splitlines()) <= 2
