@@ -56,7 +56,7 @@ def find_user_error(error: BaseException) -> UserError | None:
 def is_users(error: BaseException) -> bool:
     """Whether the user's input is at fault, as far as the exception's type tells."""
     foreign = type(error).__name__ == "MisconfigurationException" or type(error).__module__.startswith("yaml")
-    foreign = foreign or (isinstance(error, OSError) and error.errno in NAMES)
+    foreign = foreign or (isinstance(error, OSError) and error.errno in NAMES) or isinstance(error, UnicodeDecodeError)
     return foreign or lightnings(error) or find_user_error(error) is not None
 
 
@@ -95,6 +95,8 @@ def _words(error: BaseException) -> str:
         return f"trainer: {lines[0]}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: {error.filename or 'the disk is full'}; make room and run it again."
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is no text: {error.reason} at byte {error.start}; configurations and lists are UTF-8."
     if isinstance(error, OSError) and error.errno in NAMES:
         return f"{error.strerror}: '{str(error.filename)[:100]}'; give the path of a file or folder."
     if type(error).__module__.startswith("yaml"):

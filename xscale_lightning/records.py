@@ -21,9 +21,11 @@ OURS = "xscale_lightning"
 LIBRARIES = ("torchgeo", "lightning", "torch")  # whose classes a run's configuration may have
 # Arguments that say nothing of the sizes of tensors.
 WITHOUT_TENSORS = ("optimizer", "views", "test", "seed", "bands")
+VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){1,3}[A-Za-z0-9.+-]{0,40}")
 TIMM_NAME = re.compile(r"timm:[A-Za-z0-9_.]{1,200}")
 ARGUMENTS, TEXT = 10_000, 1_000  # values of a method, and characters of each
 MOST_STEPS = 10**12  # no run gets there, and loggers count in 64 bits
+MOST_BANDS = 4_096
 ROOM = 65_536  # a size may be at least this, as an image's in pixels
 # Type of a checkpoint's parts, as Lightning reads them when it resumes.
 STATE = {
@@ -51,6 +53,9 @@ def check_state(checkpoint: Mapping[str, Any], path: str) -> None:
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {_short(value)}.")
         if kind is int and value is not None and not 0 <= value < MOST_STEPS:
             raise UserError(f"checkpoint {path!r} is damaged: its {name!r} is {value}.")
+    version = checkpoint.get("pytorch-lightning_version")
+    if version is not None and not VERSION.fullmatch(version):
+        raise UserError(f"checkpoint {path!r} is damaged: its version of Lightning is {version[:40]!r}.")
     state = checkpoint.get("state_dict") or {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -96,7 +101,7 @@ def check_bands(record: Any, label: str) -> None:
         UserError: naming the value.
     """
     bands = record.get("bands") if isinstance(record, dict) else None
-    if not isinstance(bands, list) or not bands:
+    if not isinstance(bands, list) or not 0 < len(bands) <= MOST_BANDS:
         raise UserError(f"{label} has {_short(bands)} as bands.")
     for band in bands:
         if not isinstance(band, dict) or not isinstance(band.get("name"), str):

@@ -12,6 +12,7 @@ import yaml
 from xscale_lightning.commands.parser import load_yaml
 from xscale_lightning.commands.stage_options import check_name
 from xscale_lightning.errors import UserError
+from xscale_lightning.opening import check_file
 
 # First part of the names of metrics. Another one may be a plug-in's, unless it looks like one of these misspelt.
 FAMILIES = ("knn", "linear", "dense", "geometry", "reconstruction", "alignment", "test", "val")
@@ -69,6 +70,7 @@ def read_bench(path: str) -> Bench:
     Raises:
         UserError: it cannot be read, has unknown keys or wrong values, or names configurations that do not exist.
     """
+    check_file(path, f"BENCH {path!r}")
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

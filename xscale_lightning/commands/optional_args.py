@@ -69,7 +69,11 @@ def _method(args: list[str]) -> type | None:
         found = getattr(importlib.import_module(module), name, None) if module else None
     except ImportError:
         return None
-    return found or next((cls for cls in _subclasses(SSLModule) if cls.__name__ == path), None)
+    return (
+        found
+        if isinstance(found, type)
+        else next((cls for cls in _subclasses(SSLModule) if cls.__name__ == path), None)
+    )
 
 
 def _host(args: list[str], method: type | None) -> type | None:

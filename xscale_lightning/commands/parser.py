@@ -35,7 +35,13 @@ CONFIGS: dict[str, type] = {
 def load_yaml(text: str) -> Any:
     """YAML in which `model: NAME` or `model: {class_path: NAME}` may give a method by its announced name."""
     check_yaml(text)
-    value = yaml_load(text)
+    problem = ""
+    try:
+        value = yaml_load(text)
+    except ValueError as error:  # a number of thousands of digits, a day that is none
+        problem = str(error)[:120]
+    if problem:
+        raise UserError(f"a configuration has a value that cannot be read: {problem}.")
     if isinstance(value, dict) and "model" in value:
         model = value["model"]
         if isinstance(model, str):

@@ -28,6 +28,7 @@ from xscale_lightning.commands.train import claim, prepare
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import told, write_bytes, write_json
 from xscale_lightning.locks import held
+from xscale_lightning.opening import check_file
 
 Launch = Callable[[list[str]], int]
 Variants = dict[str, dict[str, Any]]
@@ -75,6 +76,7 @@ def read_variants(path: str) -> Variants:
     Raises:
         UserError: no such file, or it is not a mapping of names to configurations.
     """
+    check_file(path, f"VARIANTS {path!r}")
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from xscale_lightning.callbacks.event_log import protect_loggers
 from xscale_lightning.callbacks.saving import use_checkpoint_files
+from xscale_lightning.commands.restoring import tell_of_damage
 from xscale_lightning.errors import UserError, is_users
 from xscale_lightning.locks import held
 from xscale_lightning.places import PART
@@ -29,6 +30,7 @@ def writing(trainer: Trainer, resumed: Path | None, checkpoint: str | None) -> I
         UserError: another process writes into the folder, or another run's results are in it.
     """
     use_checkpoint_files(trainer)
+    tell_of_damage(trainer, checkpoint)
     protect_loggers(trainer)
     folder = own_folder(trainer) if rank_zero_only.rank == 0 else None
     if folder is not None and not goes_on(folder, resumed, checkpoint):

@@ -30,6 +30,10 @@ def look(path: str) -> tuple[int, str]:
         state = os.stat(path)
     except (OSError, ValueError) as error:
         return 0, f"cannot be opened ({getattr(error, 'strerror', None) or 'no file has such a name'})"
+    if not stat.S_ISREG(state.st_mode):
+        return 0, "it is no file but a folder, a pipe or a device"
+    if problem := _beside(path):
+        return 0, problem
     return _look(os.path.abspath(path), (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns), 0)
 
 
@@ -43,10 +47,6 @@ def claims_too_much(width: int, height: int, bands: int, item: int, length: int)
 
 @functools.lru_cache(maxsize=65536)
 def _look(path: str, known: tuple[int, ...], depth: int) -> tuple[int, str]:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        return 0, "it is no file but a folder, a pipe or a device"
-    if problem := _beside(path):
-        return 0, problem
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if b"<VRTDataset" in head:
@@ -98,6 +98,9 @@ def _virtual(path: str, length: int, depth: int) -> tuple[int, str]:
             state = os.stat(place)
         except (OSError, ValueError):
             return 0, f"it is a virtual raster of {name[:60]!r}, which is not there"
+        problem = _beside(place) if stat.S_ISREG(state.st_mode) else "it is no file but a folder, a pipe or a device"
+        if problem:
+            return 0, f"it is a virtual raster of {name[:60]!r}: {problem}"
         inside, problem = _look(place, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns), depth + 1)
         if problem:
             return 0, f"it is a virtual raster of {name[:60]!r}: {problem}"

@@ -7,9 +7,10 @@ asked for. Every refusal is a `UserError` of one or two lines.
 from xscale_lightning.opening.archive import load_torch, read_record
 from xscale_lightning.opening.limits import check_names
 from xscale_lightning.opening.tensors import load_safetensors
-from xscale_lightning.opening.text import check_yaml, read_json, read_yaml, within
+from xscale_lightning.opening.text import check_file, check_yaml, read_json, read_yaml, within
 
 __all__ = [
+    "check_file",
     "check_names",
     "check_yaml",
     "load_safetensors",

@@ -35,13 +35,26 @@ def within(folder: str | Path, name: str, what: str) -> Path:
     return file
 
 
+def check_file(path: str | Path, what: str) -> None:
+    """Refuse what is there and is no file of text that ends: a folder, a pipe, a device, or many megabytes.
+
+    Raises:
+        UserError: it is.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{what} cannot be read (it is a folder, a pipe or a device): give a YAML file.")
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{what} cannot be read (it has {path.stat().st_size} bytes): give a YAML file.")
+
+
 def _text(path: Path, what: str) -> str:
     problem = ""
     try:
         length = path.stat().st_size
-        if length <= MAX_BYTES:
+        if path.is_file() and length <= MAX_BYTES:
             return path.read_text(encoding="utf-8")
-        problem = f"has {length} bytes, far more than any"
+        problem = f"has {length} bytes, far more than any" if path.is_file() else "is a folder, a pipe or a device"
     except UnicodeDecodeError:
         problem = "is no text"
     except OSError as error:
