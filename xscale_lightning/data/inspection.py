@@ -12,7 +12,7 @@ from xscale_lightning.data.soundness import implausible, turned, unwritten
 
 Kind = Literal[
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
-    "bands", "dtype", "crs", "size", "gsd", "statistics", "sample",
+    "bands", "dtype", "crs", "size", "gsd", "statistics", "classes", "sample",
 ]  # fmt: skip
 Role = Literal["image", "mask"]
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -138,7 +138,7 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float, nodata:
         totals = Totals()
         masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
         try:
-            for window in _strips(source):
+            for window in strips(source):
                 pixels = source.read(window=window)
                 totals.add(pixels, source.read_masks(window=window) > 0 if masked else None)
         except RasterioError as error:
@@ -147,7 +147,8 @@ def _check_raster(finding: Finding, content: bytes | None, limit: float, nodata:
     judge(finding, totals, limit)
 
 
-def _strips(source: Any) -> Iterator[Any]:
+def strips(source: Any) -> Iterator[Any]:
+    """Windows of a raster that cover it, none of which takes much memory."""
     from rasterio.windows import Window
 
     height, width = source.block_shapes[0]
