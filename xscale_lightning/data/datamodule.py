@@ -210,7 +210,7 @@ class XScaleDataModule(LightningDataModule):
         if dataset is None:
             raise UserError(
                 f"data: {self.name} has no {split} split; choose another split or other data "
-                "(lists of names, splits and fractions say which there are)."
+                "(train_list, val_list, test_list, splits and fractions say which there are)."
             )
         return dataset
 
