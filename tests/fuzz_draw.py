@@ -146,7 +146,12 @@ def class_name(data: str) -> str:
 
 
 BASES = ("WrappedData", "ChangeData", "HostedMethod", "FineTune")  # not for configurations
-WRITES = ("checkpoint.dirpath", "trace.file", "cache_dir")  # folders to write into: whatever is given is a wish
+WRITES = (
+    "model.bands",
+    "checkpoint.dirpath",
+    "trace.file",
+    "cache_dir",
+)  # linked; folders to write into
 TRAINER = [("precision", typing.Literal["16-mixed", "bf16-mixed", "64-true"]), ("max_steps", int),
            ("accumulate_grad_batches", int), ("gradient_clip_val", float), ("limit_val_batches", float),
            ("log_every_n_steps", int), ("check_val_every_n_epoch", int), ("limit_train_batches", float),

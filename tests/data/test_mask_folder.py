@@ -160,16 +160,19 @@ def test_a_value_that_is_no_class_is_named_with_its_file(folder, cache_mb):
     [
         (
             lambda p: write(p, np.zeros((1, 31, 40), np.uint8)),
-            r"tile_3.tif has 31 x 40 pixels, its image .*32 x 32",
+            r"tile_3.tif: the mask has 31 x 40 pixels, its image .*32 x 32",
         ),
-        (lambda p: write(p, np.zeros((3, 32, 32), np.uint8)), "tile_3.tif has 3 bands"),
+        (lambda p: write(p, np.zeros((3, 32, 32), np.uint8)), "tile_3.tif: the mask has 3 bands"),
         (lambda p: write(p, np.zeros((1, 32, 32), np.uint8), left=500_030), "3 pixels beside"),
     ],
 )
-def test_masks_that_do_not_lie_on_their_image(folder, damage, message):
+def test_masks_that_do_not_lie_on_their_image(folder, damage, message, caplog):
     damage(folder / "labels" / "tile_3.tif")
     with pytest.raises(UserError, match=message):
-        data(folder).setup("fit")
+        data(folder, on_error="stop").setup("fit")
+    module = data(folder)
+    module.setup("fit")
+    assert set(module.left_out) == {str(folder / "labels" / "tile_3.tif")} and "tile_3.tif: the mask" in caplog.text
 
 
 def test_an_unreadable_mask_is_left_out(folder, caplog):

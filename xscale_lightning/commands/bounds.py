@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -179,8 +180,7 @@ def check_trainer(config: Any) -> None:
     Raises:
         UserError: naming the option.
     """
-    if config.get("ckpt_path") == "":
-        raise UserError("--ckpt_path: '' is no file; give a checkpoint, or last.")
+    _check_path(config.get("ckpt_path"))
     clip, every, precision = (
         config.trainer.get(name) for name in ("gradient_clip_val", "check_val_every_n_epoch", "precision")
     )
@@ -194,6 +194,19 @@ def check_trainer(config: Any) -> None:
             f"trainer.gradient_clip_val {clip} does not go with trainer.precision {precision}: the fused optimizer "
             "takes the loss scale away itself, after clipping. Take bf16-mixed, or no clipping."
         )
+
+
+def _check_path(path: Any) -> None:
+    """Refuse a checkpoint that is not there; Lightning has some words of its own."""
+    if path is None or str(path) in ("last", "best", "hpc") or str(path).startswith("registry"):
+        return
+    try:
+        there = path != "" and Path(path).exists()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        shown = str(path)[:100]
+        raise UserError(f"--ckpt_path: checkpoint '{shown}' does not exist: give the path of a .ckpt file, or last.")
 
 
 def check_batch(data: Any, view: int | None = None) -> None:

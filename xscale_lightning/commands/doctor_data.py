@@ -22,7 +22,7 @@ from xscale_lightning.files import write_bytes
 
 KINDS = (
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant", "bands", "dtype",
-    "crs", "size", "gsd", "statistics", "sample", "checksum",
+    "crs", "size", "gsd", "statistics", "classes", "sample", "checksum",
 )  # fmt: skip
 MAJORITY = 0.8  # share of the files that must agree before the others are told
 FAR = 8.0  # times larger or smaller than the median, and as many deviations off it

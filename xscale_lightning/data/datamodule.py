@@ -260,7 +260,10 @@ class XScaleDataModule(LightningDataModule):
     def _required(self, split: Split) -> Dataset[Any]:
         dataset = self.dataset(split)
         if dataset is None:
-            raise UserError(f"data: {self.name} has no {split} split; choose another split or other data.")
+            raise UserError(
+                f"data: {self.name} has no {split} split; choose another split or other data "
+                "(train_list, val_list, test_list, splits and fractions say which there are)."
+            )
         return dataset
 
     def _loader(self, dataset: Dataset[Any], *, training: bool = False, **options: Any) -> DataLoader[Any]:

@@ -14,7 +14,7 @@ from xscale_lightning.data.soundness import implausible, turned, unwritten
 
 Kind = Literal[
     "missing", "unreadable", "empty", "no image", "truncated", "no data", "not finite", "constant",
-    "bands", "dtype", "crs", "size", "gsd", "statistics", "sample", "checksum",
+    "bands", "dtype", "crs", "size", "gsd", "statistics", "classes", "sample", "checksum",
 ]  # fmt: skip
 Role = Literal["image", "mask"]
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -152,13 +152,14 @@ def _read(finding: Finding, source: Any, content: bytes | None, nodata: float | 
         return None
     totals = Totals()
     masked = any(MaskFlags.all_valid not in flags for flags in source.mask_flag_enums)
-    for window in _strips(source):
+    for window in strips(source):
         pixels = source.read(window=window)
         totals.add(pixels, source.read_masks(window=window) > 0 if masked else None)
     return totals
 
 
-def _strips(source: Any) -> Iterator[Any]:
+def strips(source: Any) -> Iterator[Any]:
+    """Windows of a raster that cover it, none of which takes much memory."""
     from rasterio.windows import Window
 
     height, width = source.block_shapes[0]

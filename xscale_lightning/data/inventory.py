@@ -1,10 +1,13 @@
 """Which files, or samples, a data module would read: what `xscale doctor --data` looks at."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from xscale_lightning.data.change import ChangeFolder
 from xscale_lightning.data.damage import without_path
@@ -12,6 +15,7 @@ from xscale_lightning.data.datamodule import Split, XScaleDataModule
 from xscale_lightning.data.folder import ImageFolderData
 from xscale_lightning.data.image_files import FileStore
 from xscale_lightning.data.inspection import Finding, check_file, check_sample
+from xscale_lightning.data.mask_checks import check_classes
 from xscale_lightning.data.mask_folder import READ, MaskFolder
 from xscale_lightning.data.pack_inventory import pack_findings
 from xscale_lightning.data.packed import PackedData
@@ -79,7 +83,30 @@ def _masks(data: MaskFolder) -> list[Item]:
         named = {source.raster.path for bands in found.values() for source in bands.values()}
         masks = {path for path in masks if path not in named and path in set(data._mask_files.values())}
     checked = [Item(Finding(path)) for path in images if path not in masks]
-    return checked + [Item(Finding(path, role="mask", group="mask")) for path in sorted(masks)]
+    images_of = _images_of(data)
+    for path in sorted(masks):
+        finding = Finding(path, role="mask", group="mask")
+        classes = partial(_classes, data, path)
+        checked.append(Item(finding, check=partial(check_classes, finding, images_of.get(path), classes)))
+    return checked
+
+
+def _images_of(data: MaskFolder) -> dict[str, str]:
+    """Image of every mask, where it is one file whose pixels are taken as they are."""
+    found = {}
+    with contextlib.suppress(UserError):  # of the files as a whole: `fit` says it, too
+        found = data.find_files()[0]
+    files = {name: {source.raster.path for source in bands.values()} for name, bands in found.items()}
+    alone = {name: paths.pop() for name, paths in files.items() if len(paths) == 1 and data.target_gsd is None}
+    return {data._mask_files[name]: path for name, path in alone.items()}
+
+
+def _classes(data: MaskFolder, path: str, values: np.ndarray, valid: np.ndarray) -> None:
+    data.label_map(values, path, valid)
+
+
+def _changed(data: ChangeFolder, path: str, values: np.ndarray, valid: np.ndarray) -> None:
+    data._labels.classes(values, path)
 
 
 def _changes(data: ChangeFolder) -> list[Item]:
@@ -89,7 +116,10 @@ def _changes(data: ChangeFolder) -> list[Item]:
     for place in places:
         if any(os.path.lexists(place / name) for name in data._files):
             found += [Item(Finding(str(place / name), group=name)) for name in (first, second)]
-            found.append(Item(Finding(str(place / label), role="mask", group=label)))
+            path = str(place / label)
+            finding = Finding(path, role="mask", group=label)
+            classes = partial(_changed, data, path)
+            found.append(Item(finding, check=partial(check_classes, finding, str(place / first), classes)))
     if not found:
         raise UserError(f"data.root: '{data._root}' holds no folder with {', '.join(data._files)}.")
     return found

@@ -39,7 +39,9 @@ class ChangeDetection(Segmentation):
     def build_head(self, num_classes: int) -> nn.Module:
         """The decoder."""
         if num_classes != 2:
-            raise UserError(f"ChangeDetection knows two classes, unchanged and changed; the data has {num_classes}.")
+            raise UserError(
+                f"num_classes: ChangeDetection knows two classes, unchanged and changed; the data has {num_classes}."
+            )
         name, width, dropout = self._decoder
         times = 2 if self.fusion == "concat" else 1
         return DenseHead(name, self.backbone, self.groups(), num_classes, width, dropout, times)
