@@ -55,7 +55,7 @@ def test_a_kill_during_the_last_measurement_of_a_stage_does_not_lose_it(command,
     (run,) = command.runs()
     folders = (run, command.folder / "straight")
     ours, theirs = (json.loads((folder / "stage_1_one" / "results.json").read_text()) for folder in folders)
-    assert ours["status"] == "finished"
+    assert ours["status"] == "finished" and ours["losses"] == theirs["losses"]
     assert {k: v["last"] for k, v in ours["metrics"].items()} == {k: v["last"] for k, v in theirs["metrics"].items()}
     assert command.rows() == command.rows("straight"), "the second stage begins with the same weights and moments"
 
@@ -64,7 +64,9 @@ def test_a_kill_during_the_last_measurement_does_not_lose_it(command):
     killed_at_the_last_measurement(command)
     assert command.fit("--ckpt_path", "last") == 0
     (run,) = command.runs()
-    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    results = json.loads((run / "results.json").read_text())
+    metrics = results["metrics"]
+    assert set(results["losses"]["train/loss"]) == {"first", "last"}
     assert "geometry/rank" in metrics and {record["last_step"] for record in metrics.values()} == {10}
 
 

@@ -41,7 +41,8 @@ class RunSummary(Callback):
         self._seconds_before = 0.0
         self._started = time.perf_counter()
         self._first_loss: torch.Tensor | float | None = None
-        self._validated: dict[str, torch.Tensor | float] = {}  # losses of the last validation
+        self._validated: dict[str, torch.Tensor | float] = {}  # losses of the last validation; of a resumed run all
+        self._trainer: Trainer | None = None  # that trains
         self._recalled = False
         self._made = time.time()
         self._first_step: int | None = None
@@ -86,12 +87,16 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the checkpoint opens with `weights_only=True`."""
         loss = self._first_loss
+        metrics = {} if self._trainer is None else self._trainer.callback_metrics
+        trained = {
+            name: value for name, value in metrics.items() if name.startswith("train/") and name.endswith("/loss")
+        }
         return {
             "records": {name: asdict(record) for name, record in self.records.items()},
             "images_seen": self.images_seen,
             "seconds": self._seconds(),
             "first_loss": loss.item() if isinstance(loss, torch.Tensor) else loss,
-            "validated": {name: float(value) for name, value in self._validated.items()},
+            "validated": {name: float(value) for name, value in {**self._validated, **trained}.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -104,7 +109,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run (not a resumed one) starts from nothing; what step 0 measured just now is kept."""
-        self._first_step = trainer.global_step
+        self._first_step, self._trainer = trainer.global_step, trainer
         if trainer.global_step == 0:
             self.records = {name: record for name, record in self.records.items() if record.last_step == 0}
             self.images_seen, self._seconds_before, self._first_loss, self._validated = 0, 0.0, None, {}
