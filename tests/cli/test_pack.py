@@ -307,3 +307,27 @@ def test_a_damaged_file_is_told_by_its_own_name(folder, caplog):
     (record,) = [record.getMessage() for record in caplog.records if "is not readable" in record.getMessage()]
     assert not re.search("[0-9a-f]{8}-[0-9a-f]{4}", caplog.text) and "vsimem" not in caplog.text
     assert data.open_source("val").files[1] in record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "\x1b[2Jx"}, {"name": "a" * 10**6}, {"num_classes": 10**12}, {"num_mask_classes": 10**12},
+        {"class_names": ["a", 7]}, {"class_names": ["\x1b[2J"]}, None, "deep", "terabyte",
+    ],
+)  # fmt: skip
+def test_indexes_of_strangers(packed, tmp_path, capsys, change):
+    shutil.copy(packed / "pack.json", tmp_path / "pack.json")
+    if change == "deep" or change is None:
+        (tmp_path / "pack.json").write_text("[" * 100_000 if change else '{"a": NaN}')
+    elif change == "terabyte":
+        with (tmp_path / "pack.json").open("wb") as file:
+            file.truncate(2**40)
+    else:
+        content = {**json.loads((packed / "pack.json").read_text()), **change}
+        (tmp_path / "pack.json").write_text(json.dumps(content))
+    assert cli.main(["doctor", "--data", "PackedData", "--data.root", str(tmp_path)]) == 2
+    text = capsys.readouterr().err.strip()
+    assert (
+        "damaged" in text and len(text.splitlines()) <= 2 and len(text) < 600 and text.replace("\n", "").isprintable()
+    )

@@ -16,7 +16,14 @@ from xscale_lightning.data.shards import INDEX, Shard, check_shards, open_column
 from xscale_lightning.errors import UserError
 
 IMAGES = ("image", "image_hr")
+MOST_CLASSES, LONGEST = 100_000, 200  # characters of a name
 HASHED = 2 * 10**9  # bytes; packs up to this size are hashed whenever they are opened (about a second)
+
+
+def _name(text: Any) -> str:
+    if not isinstance(text, str) or len(text) > LONGEST or not text.isprintable():
+        raise ValueError(f"{str(text)[:40]!r} is no name")
+    return text
 
 
 class PackedSamples(Dataset[dict[str, Any]]):
@@ -139,11 +146,13 @@ class PackedData(XScaleDataModule):
         """Take over what a pack says of its samples; returns its bands."""
         classes, masks, gsd = (about.get(key) for key in ("num_classes", "num_mask_classes", "gsd"))
         try:
-            self.name, size, names = str(about["name"]), about["image_size"], about["class_names"]
+            self.name, size, names = _name(about["name"]), about["image_size"], about["class_names"]
+            if max(int(number or 0) for number in (classes, masks)) > MOST_CLASSES:
+                raise ValueError("it has more classes than any data set")
             self.image_size = (int(size[0]), int(size[1]))
             self.num_classes, self.multilabel = None if classes is None else int(classes), bool(about["multilabel"])
             self.num_mask_classes, self.ignore_index = None if masks is None else int(masks), int(about["ignore_index"])
-            self.class_names = None if names is None else tuple(map(str, names))
+            self.class_names = None if names is None else tuple(map(_name, names))
             self.gsd = None if gsd is None else float(gsd)
             return Bands.from_dict(about["bands"])
         except (KeyError, TypeError, ValueError, IndexError) as error:

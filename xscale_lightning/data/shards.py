@@ -19,6 +19,7 @@ import numpy as np
 from xscale_lightning.errors import UserError
 from xscale_lightning.files import told, whole, write_bytes
 from xscale_lightning.locks import lock_file
+from xscale_lightning.opening import read_json
 
 INDEX = "pack.json"
 FORMAT = 1
@@ -159,7 +160,7 @@ def read_index(root: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     if not path.is_file():
         raise UserError(f"data.root: '{root}' is no pack (it has no {INDEX}); `xscale pack` writes one.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, INDEX)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         splits = {name: [Shard.from_dict(shard) for shard in shards] for name, shards in content["splits"].items()}
