@@ -165,8 +165,8 @@ def test_grids_on_which_nothing_can_be_placed(options, grid, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": 0}, "masks.targets must be at least 1, got 0"),
-        ({"contexts": -1}, "masks.contexts must be at least 1, got -1"),
+        ({"targets": 0}, "masks.targets must be in .1, 1024., got 0"),
+        ({"contexts": -1}, "masks.contexts must be in .1, 1024., got -1"),
         ({"target_scale": (0.3, 0.2)}, "masks.target_scale must be two shares"),
         ({"context_scale": (0.5, 1.5)}, "masks.context_scale must be two shares"),
         ({"target_ratio": (0.0, 1.0)}, "masks.target_ratio must be two ratios"),

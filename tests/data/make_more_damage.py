@@ -177,7 +177,7 @@ OUTCOMES: dict[str, tuple] = {
     "anywhere": (anywhere, SPOILT | UNLIKE | {None}), "zeros": (zeros, {"no image"}), "noise": (noise, {"no image"}),
     "folder": (folder, {"unreadable", "absent"}), "ring": (ring, {"missing"}), "pipe": (pipe, {"unreadable"}),
     "device": (device, {"unreadable"}), "wide": (wide, SPOILT), "tall": (tall, SPOILT),
-    "sparse": (sparse, {"truncated"}), "vast": (vast, {"truncated"}), "thousands": (thousands, {"bands"}),
+    "sparse": (sparse, {"truncated"}), "vast": (vast, {"truncated", "no image"}), "thousands": (thousands, {"bands"}),
     "complex": (complex_numbers, {"dtype"}), "int8": (int8, {"dtype"}), "odd nodata": (odd_nodata, {"dtype"}),
     "no place": (no_place, {"crs"}), "no crs": (no_crs, {"crs"}), "turned": (turned, {"crs", "gsd", None}),
     "cut jpeg": (cut_jpeg, {"truncated", "no image"}), "cut png": (cut_png, {"truncated", "no image"}),

@@ -164,8 +164,8 @@ def test_presets_set_every_switch_and_single_ones_override(preset):
     ("options", "backbone", "message"),
     [
         ({"mask_ratio": 1.0}, {}, "mask_ratio"),
-        ({"contrastive_weight": -1.0}, {}, "weights"),
-        ({"contrastive_weight": float("nan")}, {}, "weights"),
+        ({"contrastive_weight": -1.0}, {}, "contrastive_weight must be finite"),
+        ({"contrastive_weight": float("nan")}, {}, "contrastive_weight must be finite"),
         ({"temperature": 0.0}, {}, "temperature"),
         ({"temperature": float("inf")}, {}, "temperature"),
         ({"decoder_heads": 5}, {}, "heads"),
