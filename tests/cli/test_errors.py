@@ -219,3 +219,10 @@ def test_worker_traceback_is_cut_off():
         '  File "x.py", line 1\nxscale_lightning.errors.UserError: file a.tif is damaged: remove it\n'
     )
     assert describe(UserError(text)) == "file a.tif is damaged: remove it"
+
+
+def test_a_configuration_that_is_no_text_is_refused(tmp_path, capsys):
+    (tmp_path / "scene.tif").write_bytes(b"II*\0\x83\xff")
+    for path in (tmp_path / "scene.tif", tmp_path):
+        assert cli.main(["predict", "--config", str(path)]) == 2
+        assert f"--config '{path}'" in capsys.readouterr().err

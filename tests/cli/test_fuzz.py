@@ -51,6 +51,7 @@ FOUND = [
     Case("mae", "SyntheticData", [("", "ckpt_path", "1")]),
     Case("mae", "SyntheticData", [("", "ckpt_path", "a" * 300)]),
     Case("mae", "MaskFolder", [("data", "test_list", "../..")]),
+    Case("mae", "MaskFolder", [("data", "num_classes", 10**9)]),
     Case("mae", "SyntheticData", [("pictures", "false_colour", True)]),
     Case("mae", "SyntheticData", [("data", "batch_size", 2**63)]),
     Case("mae", "SyntheticData", [("data", "image_width", 1)]),

@@ -121,7 +121,8 @@ def concise(message: str, options: list[str]) -> str:
     if found := re.search(r"(?:unrecognized arguments: -*|Option '|does not accept option ')([\w.\-]+)", flat, re.I):
         name = found.group(1)
         group = re.search(r"Group '([\w.]+)' does not accept", flat)
-        return f"{UNKNOWN} {f'{group.group(1)}.{name}' if group else name!r}: {_hint(name, options)}"
+        full = f"{group.group(1)}.{name}" if group and group.group(1) not in BASES else name
+        return f"{UNKNOWN} {full!r}: {_hint(name, options)}"
     if found := re.search(r"Parser key \"(model|data|knn\.data|dense\.data)\".*Given value: (\S+)$", flat):
         key, value = found.groups()
         names = [cls.__name__ for cls in _subclasses(BASES[key.rsplit(".", 1)[-1]])]

@@ -1,5 +1,6 @@
 """Stages on the command line: which there are, and what the arguments of each are."""
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -180,9 +181,22 @@ def last_given(args: list[str], key: str) -> Any:
 
 
 def content_of(text: str) -> dict[str, Any]:
-    """What a --config gives; nothing where it cannot be read: the parser will say so."""
+    """What a --config gives; nothing where it is no file or no YAML: the parser will say so.
+
+    Raises:
+        UserError: a file that cannot be read, or is no text.
+    """
+    problem = ""
     try:
         content = load_yaml(Path(text).read_text(encoding="utf-8") if not text.lstrip().startswith("{") else text)
-    except (OSError, ValueError, UserError, yaml.YAMLError):
+    except UnicodeDecodeError:
+        problem = "is no text"
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EISDIR, errno.EACCES, errno.EINVAL):
+            return {}
+        problem = f"cannot be read ({error.strerror})"
+    except (ValueError, UserError, yaml.YAMLError):
         return {}
+    if problem:
+        raise UserError(f"--config {text!r} {problem}: give a YAML file.")
     return content if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ from xscale_lightning.errors import UserError
 
 IGNORED = -1
 _SHOWN = 12
+MOST = 32767  # classes: their numbers have 16 bits
 
 
 class LabelMap:
@@ -84,8 +85,8 @@ def settle_classes(
         text = ", ".join(f"data.{name} {number}" for name, number in said.items())
         raise UserError(f"data: the number of classes differs ({text}); make them agree.")
     number = next(iter(said.values()))
-    if number < 1:
-        raise UserError(f"data.num_classes: {number} is not possible; give at least 1.")
+    if not 1 <= number <= MOST:
+        raise UserError(f"data.num_classes: {number} is not possible; give 1 to {MOST}.")
     table = dict(labels) if labels else {value: value for value in range(number)}
     shown: dict[int, str] = {}
     for value, cls in table.items():
