@@ -19,9 +19,10 @@ from xscale_lightning.models.attention import attend, available_backends, choose
 
 
 def packed_lengths(length: int, tokens: int) -> tuple[int, ...]:
-    """Sequences of two lengths, `length` and half of it, that fill about `tokens`."""
-    pair = (length, max(1, length // 2))
-    return pair * max(1, round(tokens / sum(pair)))
+    """Sequences of two lengths, `length` and half of it, that fill about `tokens`; shortest first, as methods pack."""
+    half = max(1, length // 2)
+    count = max(1, round(tokens / (length + half)))
+    return (half,) * count + (length,) * count
 
 
 def make_call(
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                 calls = {b: make_call(b, dtype, device, args, length, packed) for b in backends}
                 times = common.interleave(calls, device, args.seconds, warmup=1, least=3)
                 median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-                chosen, fastest = choose_backend(device, dtype, length)[0], min(median, key=lambda name: median[name])
+                chosen, fastest = choose_backend(device, dtype)[0], min(median, key=lambda name: median[name])
                 row = {"packed": packed, "dtype": dtype_name, "length": length, "milliseconds": median}
                 results.append({**row, "auto": chosen, "fastest": fastest, "rounds": len(times[backends[0]])})
                 cells = [f"{median[b]:.2f}{' auto' if b == chosen else '     '}" for b in backends]

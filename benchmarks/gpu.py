@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU, ' + common.cpu_name()}")
     print(f"torch {torch.__version__}, xFormers: {xformers_status()[1]}")
-    print(f"attention chosen for 197 tokens in bfloat16: {choose_backend(device, torch.bfloat16, 197)[0]}")
+    print(f"attention chosen in bfloat16: {choose_backend(device, torch.bfloat16)[0]}")
     parts: dict[str, Part] = {
         "attention": lambda _: _checked(gpu_checks.check_attention(device)),
         "methods": lambda _: _checked(gpu_checks.check_methods(device, args.steps)),

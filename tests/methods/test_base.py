@@ -166,7 +166,7 @@ def test_the_resolved_learning_rate_is_said(caplog):
     with caplog.at_level("INFO"):
         fit(make(optimizer=OptimizerConfig(lr=0.32)), accumulate_grad_batches=2)
     assert "learning rate 0.32 x 8 / 256 = 0.01 (8 samples per step), 2 steps" in caplog.text
-    backend, why = choose_backend(torch.device("cpu"), torch.float32, 5)
+    backend, why = choose_backend(torch.device("cpu"), torch.float32)
     assert f"attention for whole images of 5 tokens: {backend} ({why})" in caplog.text
 
 

@@ -42,7 +42,7 @@ class SSLModule(CheckedModule):
         backbone: the encoder.
         optimizer: AdamW and its schedules.
         views: augmentation of the training images, on the device.
-        attention: attention backend of every layer; `auto` chooses by device, type and length.
+        attention: attention backend of every layer; `auto` chooses by device and type.
         init_from: weights that the encoder starts from: a checkpoint, run or export folder, `timm:NAME`, or a published
             file. It never resumes a run: that is `--ckpt_path`.
         adapt_bands: allow `init_from` weights of other bands; shared ones keep their filters.

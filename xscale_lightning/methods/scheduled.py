@@ -79,7 +79,7 @@ class ScheduledModule(LightningModule):
         self.plan = Plan(int(total), warmup, config.resolve_lr(batch), config, max(steps_per_epoch, 1))
         scaled = f"{config.lr:g} x {batch} / 256 = " if config.scale_lr else ""
         dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
-        backend, why = choose_backend(self.device, dtype, self.num_tokens)
+        backend, why = choose_backend(self.device, dtype)
         if self.attention != "auto":
             backend, why = self.attention, "set by model.attention"
         millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (self, self.backbone)]

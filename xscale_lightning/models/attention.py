@@ -23,11 +23,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Backend = Literal["auto", "xformers", "sdpa", "blocked", "math"]
 
-# Measured on a server CPU with bfloat16 units (benchmarks/attention.py): in bfloat16 attention in blocks is up to six
-# times as fast as SDPA, forward and backward, and wins at every length tried (17 to 1025 tokens); in float32 it wins
-# below this many tokens, and SDPA wins or ties above.
-CPU_FLOAT32_BLOCKED_BELOW = 128
-
 
 @functools.cache
 def xformers_status() -> tuple[bool, str]:
@@ -46,15 +41,17 @@ def xformers_status() -> tuple[bool, str]:
     return True, "xFormers memory-efficient attention works on this GPU"
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, length: int) -> tuple[str, str]:
-    """The backend for sequences of `length` tokens, and the reason in words."""
+def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend, and the reason in words.
+
+    On a server CPU with bfloat16 units (benchmarks/attention.py) attention in blocks takes half to a seventh of SDPA's
+    time in bfloat16, forward and backward, at every length tried (17 to 1024 tokens); in float32 SDPA wins or ties.
+    """
     if device.type == "cuda":
         works, why = xformers_status()
         return ("xformers", why) if works else ("sdpa", why)
     if device.type == "cpu" and dtype is torch.bfloat16:
         return "blocked", "attention in blocks is faster than SDPA on a CPU in bfloat16"
-    if device.type == "cpu" and dtype is torch.float32 and length < CPU_FLOAT32_BLOCKED_BELOW:
-        return "blocked", f"attention in blocks is faster than SDPA below {CPU_FLOAT32_BLOCKED_BELOW} tokens on a CPU"
     return "sdpa", f"PyTorch's fused attention on {device.type}"
 
 
@@ -88,14 +85,14 @@ def attend(
         seqlens: lengths of sequences packed one after the other into one row (then B is 1 and they sum to N);
             a token attends only inside its own sequence.
         kv_seqlens: lengths of the packed key sequences when they differ from the queries' (cross-attention).
-        backend: kernel to use; `auto` chooses by device, type and length.
+        backend: kernel to use; `auto` chooses by device and type.
 
     Raises:
         ValueError: packed input whose row count is not 1 or whose lengths do not sum to N.
         ImportError, NotImplementedError: a backend was asked for that cannot run on this device.
     """
     if seqlens is None:
-        name = choose_backend(q.device, q.dtype, k.shape[1])[0] if backend == "auto" else backend
+        name = choose_backend(q.device, q.dtype)[0] if backend == "auto" else backend
         return _KERNELS[name](q, k, v)
     kv_seqlens = kv_seqlens or seqlens
     if q.shape[0] != 1 or sum(seqlens) != q.shape[1] or sum(kv_seqlens) != k.shape[1]:
@@ -103,7 +100,7 @@ def attend(
             f"packed attention wants one row and lengths that sum to it, got q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"seqlens summing to {sum(seqlens)} and {sum(kv_seqlens)}."
         )
-    name = choose_backend(q.device, q.dtype, max(kv_seqlens))[0] if backend == "auto" else backend
+    name = choose_backend(q.device, q.dtype)[0] if backend == "auto" else backend
     if name == "xformers":
         return _xformers(q, k, v, _block_diagonal(seqlens, kv_seqlens))
     return _by_runs(q, k, v, seqlens, kv_seqlens, name)
