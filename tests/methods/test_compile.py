@@ -1,7 +1,5 @@
 """`compile_blocks`: the same training within rounding, evaluations as they were, and no compiler is told at once."""
 
-import shutil
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -13,7 +11,7 @@ from xscale_lightning.data.sample import SampleScene
 from xscale_lightning.errors import UserError
 from xscale_lightning.methods.mae import MAE
 from xscale_lightning.methods.measure import count_flops
-from xscale_lightning.models.blocks import Block, set_compiled
+from xscale_lightning.models.blocks import Block, set_checkpointing, set_compiled
 from xscale_lightning.models.registry import BackboneConfig
 
 
@@ -41,25 +39,32 @@ def train(on: bool) -> tuple[MAE, Losses]:
     return module, log
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_block_computes_the_same():
+@pytest.fixture
+def no_code_generation(monkeypatch):
+    """The same graphs, run as they are: a second in place of a minute."""
+    monkeypatch.setattr(Block, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_gradients(no_code_generation, checkpointing):
     torch.manual_seed(0)
-    block, x, found = Block(16, 2).double(), torch.randn(2, 5, 16, dtype=torch.float64), []
+    block, x = Block(16, 2).double(), torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    set_checkpointing(block, checkpointing)
+    found = []
     for on in (False, True):
         set_compiled(block, on)
-        with torch.no_grad():  # half of the compiler's time
-            found.append(block(x))
-    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-12)
+        found.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]))
+    assert counters["frames"]["ok"] > 0
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-11, atol=1e-12)
     set_compiled(block, False)
     assert block._compiled_call_impl is None
 
 
-def test_training_is_the_same_and_evaluations_are_not_compiled(monkeypatch):
-    """The same graphs without code generation, which takes a second in place of a minute."""
+def test_training_is_the_same_and_evaluations_are_not_compiled(no_code_generation, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setattr(Block, "compile", lambda self: nn.Module.compile(self, backend="aot_eager"))
-    torch._dynamo.reset()
-    counters.clear()
     _, eager = train(on=False)
     assert eager.compiled[-1] == 0
     module, log = train(on=True)
