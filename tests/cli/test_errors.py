@@ -77,6 +77,7 @@ SCENES = ("--data.class_path", "SceneFolder", "--data.bands.names", "[B04,B03,B0
         (["--model.init_args.mask_ration", "0.5"], ["mask_ration", "mask_ratio"]),
         (["--model.backbone.nmae", "x"], ["backbone.nmae", "name"]),
         (["--trainer.max_epoch", "3"], ["max_epoch", "max_epochs"]),
+        (["--trainer.limit_train_batches", "0"], ["trainer.limit_train_batches", "nothing to train on"]),
         (["--model", "NoSuchMethod"], ["NoSuchMethod", "MAE"]),
         (["--data", "NoSuchData"], ["NoSuchData", "SceneFolder"]),
         (["--model.optimizer.lr", "fast"], ["optimizer.lr", "fast"]),

@@ -69,7 +69,12 @@ def told(root: Path, module: str, count: int, kinds: tuple[str, ...]) -> dict[st
         for path, kind in expected.items()
         if found.get(path, "absent") not in ALLOWED[kind]
     }
-    false = {path: kind for path, kind in found.items() if kind and path not in expected}
+    spoilt = {Path(path).name for path in expected}  # whose masks do not have the size that their images say
+    false = {
+        path: kind
+        for path, kind in found.items()
+        if kind and path not in expected and not (kind == "size" and "masks" in path and Path(path).name in spoilt)
+    }
     return {"files": len(found), "damaged": len(expected), "code": code, "seconds": round(time.time() - start, 1),
             "told as another kind": len(wrong), "good ones told": len(false),
             "first": [*wrong.items(), *false.items()][:3]}  # fmt: skip

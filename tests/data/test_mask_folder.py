@@ -146,13 +146,19 @@ def test_names_share_a_key(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("cache_mb", [1024, 0])
-def test_a_value_that_is_no_class_is_named_with_its_file(folder, cache_mb):
+def test_a_value_that_is_no_class_is_named_with_its_file_and_skipped(folder, cache_mb, caplog):
     _, mask = scene()
     mask[0, 3, 3] = 7
     for i in range(6):
+        options = {"cache_mb": cache_mb, "image_size": 32, "fractions": (1.0, 0.0, 0.0)}
         write(folder / "labels" / f"tile_{i}.tif", mask)
-    with pytest.raises(UserError, match=r"value 7 in .*tile_\d.tif is no class \(classes: 0, 1, 2; ignored: none\)"):
-        all_of(data(folder, cache_mb=cache_mb, image_size=32), "train")
+        if i == 0:
+            assert all_of(data(folder, **options), "train")["mask"].max() == 2
+            assert "tile_0.tif: value 7 is no class (classes: 0, 1, 2; ignored: none)" in caplog.text
+            with pytest.raises(UserError, match=r"tile_0.tif: value 7 is no class .* data.on_error: skip"):
+                all_of(data(folder, on_error="stop", **options), "train")
+    with pytest.raises(UserError, match="value 7 is no class" if cache_mb else "files are named above"):
+        all_of(data(folder, **options), "train")
 
 
 @pytest.mark.parametrize(

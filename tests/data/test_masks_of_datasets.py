@@ -69,10 +69,33 @@ def test_without_a_number_of_classes_masks_come_as_they_are():
     assert bool((first(module)["mask"] == 77).all()) and module.num_mask_classes is None
 
 
-def test_misfits_are_refused():
-    with pytest.raises(UserError, match=r"mask of field_0.tif has shape \(4, 8\), its image \(3, 8, 8\)"):
-        first(data(Fields(mask=torch.zeros(4, 8))))
-    with pytest.raises(UserError, match=r"value 3 in field_0.tif is no class \(classes: 0, 1, 2; ignored: 255\)"):
-        first(data(Fields(mask=torch.arange(64).view(8, 8) % 4), ignore=[255]))
+def test_misfits_are_named_and_refused(caplog):
+    for source, words, options in (
+        (Fields(mask=torch.zeros(4, 8)), "the mask has shape (4, 8), its image (3, 8, 8)", {}),
+        (Fields(mask=torch.arange(64).view(8, 8) % 4), "value 3 is no class (classes: 0, 1, 2; ignored: 255)",
+         {"ignore": [255]}),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="none of the samples can be read"):
+            first(data(source, **options))
+        assert f"field_0.tif is not readable (ValueError: {words}" in caplog.text
     with pytest.raises(UserError, match=r"class_names 2, data.num_classes 3"):
         first(data(Fields(), class_names=["a", "b"], num_classes=3))
+
+
+class OneWrong(Fields):
+    """The third mask has a value that is no class."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"mask": self.mask + 9 * (index == 2)}
+
+
+def test_a_mask_with_a_wrong_value_is_skipped(caplog):
+    module = data(OneWrong(), batch_size=4)
+    module.setup("fit")
+    masks = torch.cat([batch["mask"] for batch in module.train_dataloader()])
+    assert len(masks) == 4 and masks.max() == 2
+    assert "field_2.tif is not readable" in caplog.text and "is no class" in caplog.text
+    with pytest.raises(UserError, match=r"field_2.tif .* set data.on_error to skip"):
+        stopping = data(OneWrong(), batch_size=4, on_error="stop")
+        stopping.setup("fit")
+        list(stopping.train_dataloader())

@@ -11,7 +11,7 @@ from xscale_lightning.data.bands import BandSelection
 from xscale_lightning.data.change import ChangeFolder
 from xscale_lightning.data.folder import ImageFolderData
 from xscale_lightning.data.geotiff import UnreadableFile, inspect
-from xscale_lightning.data.image_files import FileStore
+from xscale_lightning.data.image_files import FileStore, decode
 from xscale_lightning.data.inventory import items_of
 from xscale_lightning.data.mask_folder import MaskFolder
 from xscale_lightning.data.scenes import SceneFolder
@@ -19,7 +19,7 @@ from xscale_lightning.data.scenes import SceneFolder
 sys.path.insert(0, str(Path(__file__).parent))
 import make_damage
 from make_damage import SIDE, fabricate, write
-from make_more_damage import OUTCOMES, picture
+from make_more_damage import OUTCOMES, picture, set_tag
 
 RGB = BandSelection("generic", names=["R", "G", "B"], mean=[1700.0] * 3, std=[700.0] * 3)
 OPTIONS = {"bands": RGB, "batch_size": 4, "num_workers": 0}
@@ -54,6 +54,23 @@ def test_every_damage_is_told_and_none_reaches_the_model(kind, tmp_path):
         assert told <= OUTCOMES[kind][1], told
         assert not any(value for path, value in found.items() if "good" in path)
         sound(data)
+
+
+def test_a_header_with_too_few_bits_per_value(tmp_path):
+    bits = {name: tmp_path / "a" / f"{name}.tif" for name in ("flipped", "true")}
+    write(bits["flipped"], make_damage.good(np.random.default_rng(0)))
+    set_tag(bits["flipped"], 258, [1] * 3)
+    write(bits["true"], np.random.default_rng(0).integers(0, 2, (3, SIDE, SIDE)).astype("uint8"), nbits=1)
+    content = {name: path.read_bytes() for name, path in bits.items()}
+    with pytest.raises(ValueError, match="1 bits per value"):
+        decode("flipped.tif", content["flipped"])
+    assert decode("true.tif", content["true"])[0].max() == 1
+
+
+def test_a_folder_whose_first_files_are_damaged_is_read(tmp_path):
+    fabricate(tmp_path / "a", 40, 40, ("empty",))  # sorted before the good ones
+    fabricate(tmp_path / "b", 0, 40)
+    sound(ImageFolderData(str(tmp_path), channels=["R", "G", "B"], gsd=10.0, image_size=SIDE, **OPTIONS))
 
 
 def test_tiles_that_were_never_written_are_no_data_where_the_file_says_so(tmp_path):

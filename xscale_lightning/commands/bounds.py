@@ -186,6 +186,9 @@ def check_trainer(config: Any) -> None:
     )
     if clip is not None and not clip >= 0:
         raise UserError(f"trainer.gradient_clip_val must be 0 or more, got {clip}.")
+    batches = config.trainer.get("limit_train_batches")
+    if batches is not None and batches == 0:
+        raise UserError("trainer.limit_train_batches: 0 leaves nothing to train on; give batches, a share, or null.")
     if every is not None and every < 1:
         raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, got {every}.")
     optimizer = (config.get("model") or {}).get("init_args.optimizer.kind", "adamw")

@@ -51,6 +51,11 @@ class LabelMap:
         return np.where(unknown, np.int16(IGNORED), self._numbers[place])
 
 
+def refusal(error: UserError, where: str) -> str:
+    """Why a mask is refused, without the file's name, for messages that name it themselves."""
+    return str(error).removeprefix("masks: ").replace(f" in {where}", "")
+
+
 def settle_classes(
     labels: Mapping[int, int] | None, names: Collection[str] | None, count: int | None, ignore: Collection[int] = ()
 ) -> tuple[LabelMap, tuple[str, ...]]:

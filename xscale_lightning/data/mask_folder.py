@@ -13,7 +13,7 @@ from xscale_lightning.data.blocks import BlockMap
 from xscale_lightning.data.datamodule import DEFAULT_BANDS
 from xscale_lightning.data.folder import find_list
 from xscale_lightning.data.geotiff import SUFFIXES, RasterReader, Source, UnreadableFile, common_grid, inspect
-from xscale_lightning.data.labels import IGNORED, LabelMap, settle_classes
+from xscale_lightning.data.labels import IGNORED, LabelMap, refusal, settle_classes
 from xscale_lightning.data.pair_files import check_pattern, key_of
 from xscale_lightning.data.patches import PatchDataset, stop_message
 from xscale_lightning.data.scene import Scene
@@ -69,11 +69,15 @@ def read_classes(mask: Scene, label_map: LabelMap, row: int, col: int, height: i
     """Class numbers `[height, width]` of a window; `IGNORED` where the file has no data there.
 
     Raises:
-        UnreadableFile: if this part of the file cannot be read.
-        UserError: naming a value that is no class, and the file.
+        UnreadableFile: if this part of the file cannot be read, or has a value that is no class.
     """
     values, valid = mask.read(row, col, height, width)
-    return label_map(values[0], mask.sources[0].raster.path, None if valid is None else valid[0])
+    path = mask.sources[0].raster.path
+    try:
+        return label_map(values[0], path, None if valid is None else valid[0])
+    except UserError as error:
+        reason = refusal(error, path)
+    raise UnreadableFile(path, reason)
 
 
 class MaskFolder(SceneFolder):
@@ -183,8 +187,7 @@ class MaskFolder(SceneFolder):
         """Open the mask of an image.
 
         Raises:
-            UnreadableFile: if it cannot be read, or does not lie on the image's pixels.
-            UserError: if it holds a value that is no class.
+            UnreadableFile: if it cannot be read, does not lie on the image's pixels, or holds a value that is no class.
         """
         path, image = self._mask_files[scene.name], scene.sources[0].raster
         raster, grid = inspect(path), scene.grid
@@ -207,7 +210,7 @@ class MaskFolder(SceneFolder):
         mask = Scene(scene.name, [Source(raster, 1)], own, self._mask_reader)
         if scene.held is not None:
             mask.load()
-            read_classes(mask, self.label_map, 0, 0, own.height, own.width)  # a wrong value is said before training
+            read_classes(mask, self.label_map, 0, 0, own.height, own.width)  # a wrong value is found before training
         self._masks[scene.name] = mask
 
     def split_area(self, scenes: Sequence[Scene]) -> list[BlockMap]:

@@ -129,15 +129,19 @@ class Reader(Dataset[dict[str, Any]]):
     def _next(self, index: Any) -> Iterator[Any]:
         """What takes the place of a sample: others far from it, as files that lie side by side are damaged together."""
         if isinstance(index, int):
-            count = len(self)
-            step = next(n for n in range(max(1, round(count * _GOLDEN)), count + 1) if math.gcd(n, count) == 1)
-            yield from ((index + attempt * step) % count for attempt in range(1, count))
+            yield from spread(index, len(self))
 
     def _describe(self, index: Any, error: Exception) -> str:
         name = self.file_of(index) or _name(index)
         if "previous exception" in str(error) and error.__cause__ is not None:  # rasterio's way to say: look there
             error = error.__cause__  # type: ignore[assignment]
         return f"data: {name} is not readable ({type(error).__name__}: {without_path(str(error), name)})"
+
+
+def spread(index: int, count: int) -> Iterator[int]:
+    """All other numbers below `count`, each far from the one before."""
+    step = next(n for n in range(max(1, round(count * _GOLDEN)), count + 1) if math.gcd(n, count) == 1)
+    yield from ((index + attempt * step) % count for attempt in range(1, count))
 
 
 def _name(index: Any) -> str:

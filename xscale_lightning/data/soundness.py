@@ -29,12 +29,35 @@ def implausible(source: Any, content: bytes | str) -> tuple[str, str] | None:
     if packed and pixels > 8 * size and not _holes(source)[0]:  # a byte may hold eight pixels
         shape = f"{source.count} x {source.height} x {source.width}"
         return "truncated", f"its header says {shape} pixels, and its {size} bytes cannot hold them"
+    if packed and (problem := _too_few_bits(source)):
+        return "truncated", problem
     if source.driver == "PNG" and b"IEND" not in end:  # GDAL reads what is left as noise, without a word
         return "truncated", "it has no end (chunk IEND)"
     height, width = source.block_shapes[0]
     if height * width * dtype.itemsize > MAX_BLOCK:
         return "unreadable", f"one of its tiles has {height} x {width} pixels, too many to decode at once"
     return None
+
+
+def _too_few_bits(source: Any) -> str:
+    """Why the header's bits per value cannot be true: the first block has twice the bytes they need; "" if it has not.
+
+    A flipped bit makes 1 bit of 16, and a picture of zeros and ones of an image.
+    """
+    bits = source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")  # only where it is no whole type
+    stored = source.get_tag_item("BLOCK_SIZE_0_0", "TIFF", bidx=1)
+    if bits is None or stored is None:
+        return ""
+    height, width = source.block_shapes[0]
+    bands = source.count if _by_pixel(source) else 1
+    needed = height * -(-width * bands * int(bits) // 8)
+    if int(stored) < 2 * needed:
+        return ""
+    return f"its header says {bits} bits per value, and its first tile or strip has {stored} bytes where {needed} do"
+
+
+def _by_pixel(source: Any) -> bool:
+    return str(getattr(source.interleaving, "value", "")).lower() == "pixel"
 
 
 def turned(source: Any) -> str:
@@ -72,7 +95,7 @@ def _holes(source: Any) -> tuple[int, int]:
     """How many blocks of a GeoTIFF have no place in the file, and how many were looked at."""
     height, width = source.block_shapes[0]
     rows, cols = -(-source.height // height), -(-source.width // width)
-    bands = 1 if str(getattr(source.interleaving, "value", "")).lower() == "pixel" else source.count
+    bands = 1 if _by_pixel(source) else source.count
     total = rows * cols * bands
     count = min(total, _LOOKED_AT)
     places = np.unique(np.linspace(0, total - 1, count).astype(np.int64)).tolist()

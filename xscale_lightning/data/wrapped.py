@@ -14,8 +14,8 @@ from xscale_lightning.data import describe
 from xscale_lightning.data.bands import BandSelection, match_names
 from xscale_lightning.data.datamodule import DEFAULT_BANDS, Split, XScaleDataModule
 from xscale_lightning.data.ground import check_gsd
-from xscale_lightning.data.labels import LabelMap, settle_classes
-from xscale_lightning.data.reading import OnError, Reader, check_on_error
+from xscale_lightning.data.labels import LabelMap, refusal, settle_classes
+from xscale_lightning.data.reading import OnError, Reader, check_on_error, spread
 from xscale_lightning.errors import UserError
 
 MAX_SIDE = 16384  # pixels; larger images are scenes, which are cut
@@ -46,8 +46,8 @@ class Prepare:
         """Return `image [C, H, W]` float32 in raw units, `gsd`, and `label`, `mask` and `file` where there are any.
 
         Raises:
-            UserError: if the image has another number of channels than named, the gsd is not known, or the mask has
-                another size than the image or a value that is no class.
+            UserError: if the image has another number of channels than named, or the gsd is not known.
+            ValueError: if the mask has another size than the image or a value that is no class.
         """
         if "image" not in sample:
             raise UserError(f"data: samples of {self.owner} have no 'image', only {', '.join(sample)}.")
@@ -81,11 +81,13 @@ class Prepare:
             return mask.long()
         where = describe.file_of(self.source, index) or f"sample {index} of {self.owner}"
         if mask.shape != image.shape[1:]:
-            raise UserError(
-                f"masks: the mask of {where} has shape {tuple(mask.shape)}, its image {tuple(image.shape)}; one class "
-                "per pixel is needed."
-            )
-        return torch.from_numpy(self.label_map(mask.numpy(), where)).long()
+            shapes = f"the mask has shape {tuple(mask.shape)}, its image {tuple(image.shape)}"
+            raise ValueError(f"{shapes}; one class per pixel is needed")
+        try:
+            return torch.from_numpy(self.label_map(mask.numpy(), where)).long()
+        except UserError as error:
+            problem = refusal(error, where)
+        raise ValueError(problem)  # of this sample: data.on_error says what becomes of it
 
 
 def resize(array: Tensor, size: tuple[int, int]) -> Tensor:
@@ -159,9 +161,12 @@ class WrappedData(XScaleDataModule):
         raise TypeError(f"{type(self).__name__} must implement open_source(split).")
 
     def some_indices(self, split: Split, source: Dataset[Any]) -> Iterator[Any]:
-        """Indices of samples of an opened split, of which one of the first has to be readable."""
+        """Indices of samples of an opened split, of which one of the first has to be readable.
+
+        They lie far apart, as files that lie side by side are damaged together.
+        """
         yield 0
-        yield from range(1, len(source))  # type: ignore[arg-type]
+        yield from spread(0, len(source))  # type: ignore[arg-type]
 
     def build_dataset(self, split: Split) -> Dataset[Any] | None:
         """Open one split and learn image size, classes and label form from its first sample.
