@@ -137,6 +137,14 @@ def test_a_knn_difference_inside_its_noise_decides_nothing() -> None:
     assert verdict(record(0.60, 0.001)).startswith("It has not learned")
 
 
+def test_a_run_stopped_before_its_next_measurement_gets_no_verdict() -> None:
+    start = Record(step_0=0.70, step_0_split="val", last=0.70, error=0.05)
+    psnr = Record(step_0=10.0, step_0_split="val", last=10.0)
+    assert verdict({"knn/x/top1": start, "reconstruction/psnr": psnr}).startswith("Nothing was measured after step 0")
+    psnr.last_step = 5
+    assert "masked PSNR" in verdict({"knn/x/top1": start, "reconstruction/psnr": psnr})
+
+
 def test_a_psnr_of_another_split_than_step_0_says_so() -> None:
     rivals = {"mean fill": 17.0}
     record = Record(step_0=10.9, step_0_split="val", last=20.0, last_step=5, split="test", baselines=rivals)

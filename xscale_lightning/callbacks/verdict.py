@@ -37,6 +37,11 @@ class Record:
         finite = {name: value for name, value in self.baselines.items() if not math.isnan(value)}
         return max(finite.items(), key=lambda item: item[1]) if finite else None
 
+    @property
+    def only_step_0(self) -> bool:
+        """Whether the newest value is that of step 0, as in a run that was interrupted before its next measurement."""
+        return self.step_0 is not None and self.last_step == 0 and self.last == self.step_0
+
     def step_0_text(self) -> str:
         """Step-0 value for people; says so if it is missing or was measured on another split."""
         if self.step_0 is None:
@@ -82,14 +87,18 @@ def is_linear(name: str) -> bool:
 
 def verdict(records: Mapping[str, Record]) -> str:
     """Say in one line whether the run learned, or that nothing measured it."""
-    findings = []
+    findings, later = [], False
     for name, record in records.items():
+        known = len(findings)
         if name == "reconstruction/psnr":
             findings.append(_reconstruction(record))
         elif is_knn(name) or is_dense(name) or is_linear(name):
             findings.append(_score(name, record))
         elif is_task_score(name):
             findings.append(_task(name, record))
+        later = later or (len(findings) > known and not record.only_step_0)
+    if findings and not later:
+        return "Nothing was measured after step 0, so nothing here says whether it learned."
     if not findings:
         return (
             "Nothing here measures whether it learned: give OnlineKNN.data labelled data or "
