@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import Trainer
 
-from xscale_lightning import checkpoints, exports
+from xscale_lightning import checkpoints
 from xscale_lightning.callbacks.run_checkpoint import RunCheckpoint
 from xscale_lightning.callbacks.saving import CheckpointFiles
-from xscale_lightning.data.bands import generic
 from xscale_lightning.errors import UserError
 from xscale_lightning.init_from import load_encoder
-from xscale_lightning.methods.mae import MAE
-from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.pretrained import load_backbone
 from xscale_lightning.readers.common import open_published
 
@@ -28,19 +23,6 @@ import strangers
 
 SECONDS, KILOBYTES = 60, 1_000_000
 LONGEST = 700  # characters of a refusal, a path of pytest's among them
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    backbone = BackboneConfig("vit_tiny_patch8", depth=1, dim=16, num_heads=2)
-    module = MAE(bands=generic(2), backbone=backbone, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(module)
-    path = tmp_path_factory.mktemp("good") / "good.ckpt"
-    trainer.save_checkpoint(path)
-    exports.write_export(load_backbone(path), path.parent / "export", lambda config: "card")
-    return path
 
 
 @contextlib.contextmanager

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from xscale_lightning import checkpoints, cli, exports
 from xscale_lightning.commands.arguments import import_method
 from xscale_lightning.data.bands import generic
 from xscale_lightning.errors import UserError, describe
 from xscale_lightning.init_from import load_encoder
-from xscale_lightning.methods.mae import MAE
 from xscale_lightning.models.registry import BackboneConfig
 from xscale_lightning.pretrained import Origin, Pretrained, load_backbone
 
@@ -38,19 +36,6 @@ TEXTS = {
     "a file": "{folder}/options.yaml",
     "a file of the machine": "/etc/passwd",
 }
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    backbone = BackboneConfig("vit_tiny_patch8", depth=1, dim=16, num_heads=2)
-    module = MAE(bands=generic(2), backbone=backbone, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(module)
-    path = tmp_path_factory.mktemp("good") / "good.ckpt"
-    trainer.save_checkpoint(path)
-    exports.write_export(load_backbone(path), path.parent / "export", lambda config: "card")
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ class SeededSamples(Dataset[Any]):
     """Samples whose random numbers (torch's, NumPy's, Python's) are functions of (seed, epoch, sample) alone.
 
     So a transform that draws gives the same in a resumed run, and with any number of worker processes. In training what
-    takes the place of a damaged sample is such a function, too: the samples or windows after it.
+    takes the place of a damaged sample is such a function, too: see `Reader`.
     """
 
     def __init__(self, dataset: Dataset[Any], training: bool = True, sampler: Any = None) -> None:
